@@ -46,14 +46,14 @@ def profile_definition(x: Tensor, channel_mean: bool) -> Tensor:
     profile = amplitude.flatten(-2) @ _bin_means(x.shape[-2], x.shape[-1], x.device)
     if not channel_mean:
         profile = profile.mean(1)
-    return profile / profile.amax(-1, keepdim=True)
+    normalised: Tensor = profile / profile.amax(-1, keepdim=True)
+    return normalised
 
 
 def share_definition(x: Tensor, cutoff: float) -> Tensor:
     """`high_frequency_share` in plain torch."""
     profile = profile_definition(x, True)
-    high: Tensor = profile[:, first_high_bin(profile.shape[1], cutoff) :]
-    return high.mean(1)
+    return profile[:, first_high_bin(profile.shape[1], cutoff) :].mean(1)
 
 
 def first_high_bin(bins: int, cutoff: float) -> int:

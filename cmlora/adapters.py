@@ -1,0 +1,206 @@
+"""PEFT's layers of a model -> AdapterBank: stacked A, B and scales per layer. The only room that knows PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora.layer import Conv2d as PeftConv2d
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from cmlora.errors import AdapterError
+
+REKEY = (
+    "the file's keys did not match this UNet. Keys must read 'unet.<layer>.lora_A.weight' or be in kohya's format; "
+    "to add a missing prefix: state = safetensors.torch.load_file(path); "
+    "pipe.load_lora_weights({'unet.' + k: v for k, v in state.items()}, adapter_name=...). "
+    "A LoRA made for another base model (SD2, SDXL) cannot be used"
+)
+
+
+@dataclass(frozen=True)
+class LayerBank:
+    """One layer's adapters, stacked.
+
+    Attributes:
+        a: [slots, rank, in] for a linear layer, [slots, rank, in, kh, kw] for a convolution; zero padded to one rank.
+        b: [slots, out, rank].
+        scales: [slots, 1] float32; zero where an adapter does not touch the layer.
+    """
+
+    a: Tensor
+    b: Tensor
+    scales: Tensor
+
+
+@dataclass(frozen=True)
+class AdapterBank:
+    """All layers of a model that carry a LoRA of the named adapters.
+
+    Attributes:
+        names: adapters in the order of their slots.
+        layers: every LoRA layer of the model and its stacked adapters; None where none of the named ones touches it.
+    """
+
+    names: tuple[str, ...]
+    layers: tuple[tuple[LoraLayer, LayerBank | None], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the stacked tensors."""
+        banks = (bank for _, bank in self.layers if bank is not None)
+        return sum(t.numel() * t.element_size() for bank in banks for t in (bank.a, bank.b, bank.scales))
+
+
+def tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """Names and PEFT layers of a model, of whatever tuner."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """The LoRA layers of a model, in its order."""
+    return [layer for _, layer in tuner_layers(model) if isinstance(layer, LoraLayer)]
+
+
+def loaded_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that changed at least one layer, in order of appearance."""
+    return tuple(dict.fromkeys(name for layer in lora_layers(model) for name in layer.lora_A))
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that pipe.set_adapters made active, in its order, if they changed a layer."""
+    loaded = loaded_adapters(model)
+    active = dict.fromkeys(name for layer in lora_layers(model) for name in layer.active_adapters)
+    return tuple(name for name in active if name in loaded)
+
+
+def choose_adapters(model: nn.Module, wanted: Sequence[str] | None, elsewhere: Sequence[str] = ()) -> tuple[str, ...]:
+    """The adapters that take part: those wanted, or the active ones.
+
+    Args:
+        model: the UNet.
+        wanted: names, or None.
+        elsewhere: adapters known to the pipeline outside the UNet, for a better message.
+
+    Raises:
+        AdapterError: none at all, or one that changed no layer of this model.
+    """
+    loaded = loaded_adapters(model)
+    names = active_adapters(model) if wanted is None else tuple(wanted)
+    for name in names:
+        if name not in loaded:
+            raise AdapterError(_missing(name, loaded, elsewhere))
+    if not names and loaded:
+        raise AdapterError(f"no adapter is active; choose among {', '.join(loaded)} with pipe.set_adapters([...])")
+    if not names:
+        raise AdapterError(
+            "the UNet carries no LoRA layer: load one with pipe.load_lora_weights(..., adapter_name=...). "
+            f"If you did, {REKEY}. Fused LoRAs must be unfused first: pipe.unfuse_lora()"
+        )
+    return names
+
+
+def _missing(name: str, loaded: Sequence[str], elsewhere: Sequence[str]) -> str:
+    known = f"the UNet's adapters are {', '.join(loaded) or 'none'}"
+    if name in elsewhere:
+        return f"adapter {name!r} changes only the text encoder, which needs no composition; {known}"
+    return f"adapter {name!r} changed no layer of the UNet ({known}): it was not loaded or deleted, or {REKEY}"
+
+
+def fingerprint(model: nn.Module) -> tuple[object, ...]:
+    """What the bank depends on, without reading a tensor: weights by identity and version, scalings, switches."""
+    state: list[object] = []
+    for name, layer in tuner_layers(model):
+        state.append(
+            (name, id(layer), tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters))
+        )
+        if isinstance(layer, LoraLayer):
+            for adapter, down in layer.lora_A.items():
+                up = layer.lora_B[adapter]
+                state.append((adapter, float(layer.scaling[adapter]), *_identity(down.weight), *_identity(up.weight)))
+    return tuple(state)
+
+
+def _identity(weight: Tensor) -> tuple[object, ...]:
+    return id(weight), weight._version, weight.dtype
+
+
+def build_bank(
+    model: nn.Module, names: Sequence[str], *, merged: bool, scale: float, device: torch.device
+) -> AdapterBank:
+    """Stack the named adapters of every layer.
+
+    Args:
+        model: the UNet with PEFT layers.
+        names: adapters in the order of their slots.
+        merged: one virtual adapter of concatenated ranks, weights folded in, instead of a slot per adapter.
+        scale: factor on all adapters (`cross_attention_kwargs={"scale": ...}`).
+        device: where the stacked tensors live.
+
+    Raises:
+        AdapterError: a fused, disabled or unsupported adapter; it names the layer.
+    """
+    layers: list[tuple[LoraLayer, LayerBank | None]] = []
+    for name, layer in tuner_layers(model):
+        here = [n for n in names if isinstance(layer, LoraLayer) and n in layer.lora_A]
+        _check(name, layer, names, here)
+        if isinstance(layer, LoraLayer):
+            bank = _stack(layer, names, merged=merged, scale=scale, device=device) if here else None
+            layers.append((layer, bank))
+    return AdapterBank(tuple(names), tuple(layers))
+
+
+def _check(name: str, layer: BaseTunerLayer, names: Sequence[str], here: Sequence[str]) -> None:
+    if layer.merged:
+        raise AdapterError(f"{name}: LoRA {', '.join(layer.merged_adapters)} is fused; call pipe.unfuse_lora() first")
+    if names and layer.disable_adapters:
+        raise AdapterError(f"{name}: adapters are disabled; call pipe.enable_lora() first, or use method='no_lora'")
+    if not isinstance(layer, LoraLayer):
+        if any(n in getattr(layer, a, {}) for a in layer.adapter_layer_names for n in names):
+            raise AdapterError(f"{name}: {type(layer).__name__} is no LoRA layer; only LoRA and LoCon can be composed")
+        return
+    for adapter in here:
+        if layer.use_dora.get(adapter) or adapter in layer.lora_variant:
+            raise AdapterError(
+                f"{name}: adapter {adapter!r} is a DoRA or another LoRA variant, which cannot be batched"
+            )
+        if layer.lora_bias.get(adapter):
+            raise AdapterError(f"{name}: adapter {adapter!r} has a LoRA bias, which cannot be batched")
+    if here and not isinstance(layer, PeftLinear | PeftConv2d):
+        raise AdapterError(
+            f"{name}: LoRA on {type(layer).__name__} is not supported, only on linear and 2-D convolution"
+        )
+    base = layer.get_base_layer()
+    if here and isinstance(base, nn.Conv2d) and (base.groups != 1 or base.padding_mode != "zeros"):
+        raise AdapterError(
+            f"{name}: LoRA on a convolution with groups or padding_mode={base.padding_mode!r} is not supported"
+        )
+
+
+def _stack(layer: LoraLayer, names: Sequence[str], *, merged: bool, scale: float, device: torch.device) -> LayerBank:
+    dtype = layer.get_base_layer().weight.dtype
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):  # a quantised base
+        dtype = next(iter(layer.lora_A.values())).weight.dtype
+    if merged:
+        present = [n for n in names if n in layer.lora_A]
+        a = torch.cat([layer.lora_A[n].weight.detach() for n in present]).to(device, dtype)
+        b = torch.cat([layer.lora_B[n].weight.detach().flatten(1) * (layer.scaling[n] * scale) for n in present], 1)
+        return LayerBank(a.unsqueeze(0), b.to(device, dtype).unsqueeze(0), torch.ones(1, 1, device=device))
+    rank = max(down.weight.shape[0] for n, down in layer.lora_A.items() if n in names)
+    down_shape = next(iter(layer.lora_A.values())).weight.shape
+    up_shape = next(iter(layer.lora_B.values())).weight.shape
+    a = torch.zeros(len(names), rank, *down_shape[1:], dtype=dtype, device=device)
+    b = torch.zeros(len(names), up_shape[0], rank, dtype=dtype, device=device)
+    for slot, n in enumerate(names):
+        if n in layer.lora_A:
+            down, up = layer.lora_A[n].weight, layer.lora_B[n].weight
+            a[slot, : down.shape[0]].copy_(down.detach())
+            b[slot, :, : down.shape[0]].copy_(up.detach().flatten(1))
+    scales = [layer.scaling[n] * scale if n in layer.lora_A else 0.0 for n in names]
+    return LayerBank(a, b, torch.tensor(scales, dtype=torch.float32, device=device).unsqueeze(1))

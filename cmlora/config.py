@@ -1,0 +1,183 @@
+"""What the user chooses, validated field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from cmlora.errors import ConfigError
+
+Method = Literal["no_lora", "merge", "switch", "composite", "cmlora"]
+Partition = Literal["offline", "online", "async"]
+Combine = Literal["mean", "deviation"]
+LateStage = Literal["shift", "low"]
+Backend = Literal["auto", "torch", "triton"]
+CacheSchedule = Literal["nonuniform", "quadratic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CMLoRAConfig:
+    """How several LoRAs share one image. The defaults are the paper's method (CMLoRA, arXiv 2502.04923).
+
+    Attributes:
+        method: "no_lora": the base model. "merge": all adapters summed. "switch": one at a time, in turn.
+            "composite": the mean of one prediction per adapter (arXiv 2402.16843). "cmlora": the same with a dominant
+            adapter that rotates, and a feature cache per adapter.
+        partition: what moves `cmlora` from its early to its late stage. "offline": a fixed share of the steps.
+            "online": the spectrum of the latents, per image. "async": as offline, and dominance moves on its own
+            clock instead of with the refreshes.
+        adapters: names, in order; None: the active ones (`pipe.set_adapters`).
+        high, low: which adapters carry high or low frequencies; what is named in neither goes by ComposLoRA's role in
+            its name (background: low, all else: high).
+        cache_interval: deep features are refreshed every so many steps; 1: no cache; "nonuniform": every 2nd, 3rd,
+            2nd step in the first 3/8, the middle half, the last 1/8; "quadratic": dense around `quadratic_center`.
+        cache_branch: (layer, block) of the skip connection where the deep part begins, as in DeepCache; None: the
+            input of the last up block.
+        max_cache_age: no cached feature is older than so many steps; None: no bound.
+        switch_step: steps between two adapters of `switch`.
+        combine: "mean": mean_i w_i eps_i. "deviation": eps_base + sum_i w_i (eps_i - eps_base) with weights of mean
+            one; one more row runs the base model (compositional guidance, Liu et al. 2022).
+        dominant_weight: weight of the dominant adapter before normalisation; None: N - 0.5.
+        dominant_decay: at the k-th rotation the dominant weight has lost sum_{j=1..k} decay^j; 0: constant.
+        dominant_floor: below which it does not fall; 1: never below the others.
+        offline_boundary: share of the steps that is the early stage.
+        online_gate: an image is in its early stage while its high-frequency share is at least this.
+        online_cutoff: high frequencies are those beyond this share of the largest radius.
+        async_switch: share of the steps after which `async` moves dominance.
+        late_stage: the late stage rotates over "shift": all but the first high adapter; "low": the low ones.
+        quadratic_interval, quadratic_center, quadratic_power: mean interval, center (share of the steps) and exponent
+            of the "quadratic" schedule (DeepCache, arXiv 2312.00858).
+        backend: "auto": Triton on CUDA and ROCm, torch elsewhere; "torch" or "triton" force one.
+
+    Raises:
+        ConfigError: names the field, what it allows and what came.
+    """
+
+    method: Method = "cmlora"
+    partition: Partition = "online"
+    adapters: Sequence[str] | None = None
+    high: Sequence[str] = ()
+    low: Sequence[str] = ()
+    cache_interval: int | CacheSchedule = 2
+    cache_branch: tuple[int, int] | None = None
+    max_cache_age: int | None = None
+    switch_step: int = 5
+    combine: Combine = "mean"
+    dominant_weight: float | None = None
+    dominant_decay: float = 0.5
+    dominant_floor: float = 1.0
+    offline_boundary: float = 120 / 220
+    online_gate: float = 0.4
+    online_cutoff: float = 0.2
+    async_switch: float = 1 / 11
+    late_stage: LateStage = "shift"
+    quadratic_interval: int = 3
+    quadratic_center: float = 0.3
+    quadratic_power: float = 1.4
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("method", Method),
+            ("partition", Partition),
+            ("combine", Combine),
+            ("late_stage", LateStage),
+            ("backend", Backend),
+        ):
+            _one_of(name, getattr(self, name), get_args(kind))
+        for name in ("adapters", "high", "low"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        _disjoint(self.high, self.low)
+        if isinstance(self.cache_interval, str):
+            _one_of("cache_interval", self.cache_interval, get_args(CacheSchedule), "or an int >= 1")
+        else:
+            _integer("cache_interval", self.cache_interval, 1, "'nonuniform' or 'quadratic'")
+        _integer("switch_step", self.switch_step, 1)
+        _integer("quadratic_interval", self.quadratic_interval, 1)
+        if self.max_cache_age is not None:
+            _integer("max_cache_age", self.max_cache_age, 1, "None")
+        object.__setattr__(self, "cache_branch", _branch(self.cache_branch))
+        if self.dominant_weight is not None:
+            _number("dominant_weight", self.dominant_weight, 0, None, "None")
+        _number("dominant_decay", self.dominant_decay, 0, 1)
+        _number("dominant_floor", self.dominant_floor, 0, None)
+        for name in ("offline_boundary", "online_gate", "quadratic_center"):
+            _number(name, getattr(self, name), 0, 1)
+        _number("quadratic_power", self.quadratic_power, 1, None)
+        _number("online_cutoff", self.online_cutoff, 0, 1, below=True)
+        _number("async_switch", self.async_switch, 0, 1, above=True)
+
+    @classmethod
+    def build(cls, config: CMLoRAConfig | None, overrides: dict[str, Any]) -> CMLoRAConfig:
+        """`config`, or the defaults, with single fields replaced; an unknown field is a ConfigError."""
+        if config is not None and not isinstance(config, cls):
+            raise ConfigError(f"config must be a CMLoRAConfig or None, got {type(config).__name__}")
+        known = {f.name for f in fields(cls)}
+        for name in overrides:
+            if name not in known:
+                raise ConfigError(f"{name} is no field of CMLoRAConfig; its fields are {', '.join(sorted(known))}")
+        current = {} if config is None else {name: getattr(config, name) for name in known}
+        return cls(**(current | overrides))
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...], alternative: str = "") -> None:
+    if value not in allowed:
+        raise ConfigError(
+            f"{name} must be one of {', '.join(map(repr, allowed))} {alternative}".rstrip() + f", got {value!r}"
+        )
+
+
+def _integer(name: str, value: object, least: int, alternative: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        choice = f" or {alternative}" if alternative else ""
+        raise ConfigError(f"{name} must be an int >= {least}{choice}, got {value!r}")
+
+
+def _number(
+    name: str,
+    value: object,
+    least: float,
+    most: float | None,
+    alternative: str = "",
+    *,
+    above: bool = False,
+    below: bool = False,
+) -> None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and value >= least
+    fits = fits and not (above and value == least)
+    if fits and most is not None:
+        fits = value < most if below else value <= most  # type: ignore[operator]  # an int or a float by now
+    if not fits:
+        interval = f"{'(' if above else '['}{least}, {'inf)' if most is None else f'{most})' if below else f'{most}]'}"
+        choice = f" or {alternative}" if alternative else ""
+        raise ConfigError(f"{name} must be a number in {interval}{choice}, got {value!r}")
+
+
+def _names(name: str, value: object) -> tuple[str, ...] | None:
+    if value is None and name == "adapters":
+        return None
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
+        raise ConfigError(f"{name} must be a sequence of adapter names, got {value!r}")
+    duplicates = sorted({v for v in value if list(value).count(v) > 1})
+    if duplicates:
+        raise ConfigError(f"{name} must name each adapter once, got {', '.join(duplicates)} more than once")
+    return tuple(value)
+
+
+def _disjoint(high: Sequence[str], low: Sequence[str]) -> None:
+    both = sorted(set(high) & set(low))
+    if both:
+        raise ConfigError(f"high and low must not share an adapter, got {', '.join(both)} in both")
+
+
+def _branch(value: object) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if (
+        not isinstance(value, Sequence)
+        or len(value) != 2
+        or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
+    ):
+        raise ConfigError(f"cache_branch must be two ints (layer, block) >= 0 or None, got {value!r}")
+    return (value[0], value[1])

@@ -1,0 +1,303 @@
+"""The hook at `unet.forward`: where in a run a call stands, which rows it needs, and how N predictions become one."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor
+
+from cmlora.adapters import AdapterBank, build_bank, choose_adapters, fingerprint, lora_layers
+from cmlora.config import CMLoRAConfig
+from cmlora.errors import RunError
+from cmlora.layers import RowSlots, install, uninstall
+from cmlora.plan import Step, make_plan, order_adapters
+from cmlora.unet import BatchedUNet, Inputs, Rows
+from cmlora_kernels import combine_noise, high_frequency_share, select_dominant
+
+
+@dataclass
+class Run:
+    """State of one denoising run; a new run starts with a new one."""
+
+    plan: tuple[Step, ...]
+    timesteps: Tensor  # held, so that another run's schedule cannot take its address
+    first: int  # the run's first position in the schedule (img2img starts in the middle)
+    images: int  # rows of the pipeline's own batch: guidance halves x images
+    shape: torch.Size
+    position: int = -1  # of the last call
+    cache: Tensor | None = None
+    rows: dict[tuple[int, ...], Rows] = field(default_factory=dict)
+    dominant: Tensor | None = None  # [images], where the device chose it
+    weights: Tensor | None = None  # [predictions, images]
+    record: list[Record] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `summary` tells of a step; tensors are read only when it is asked."""
+
+    step: Step
+    rows: int  # of the pipeline's own batch
+    halves: int  # of guidance that they are made of
+    refreshed_all: bool
+    dominant: Tensor | int | None
+    gate: Tensor | None
+    cache_bytes: int
+
+
+class Denoiser:
+    """Composes the adapters of one UNet; called in the place of its forward.
+
+    Args:
+        pipe: the pipeline, for its scheduler; held weakly.
+        config: how to compose.
+    """
+
+    def __init__(self, pipe: Any, config: CMLoRAConfig) -> None:
+        self._pipe = weakref.ref(pipe)
+        self.unet = pipe.unet
+        self.config = config
+        self.row_slots = RowSlots()
+        self.batched = BatchedUNet(self.unet, config.cache_branch, self.row_slots, config.backend)
+        self.run: Run | None = None
+        self.last_run: Run | None = None
+        self.bank, self._bank_key = self._build(1.0)
+
+    def make_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A stand-in for the UNet's forward with the same signature."""
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            with torch.no_grad():
+                return self(**bound.arguments)
+
+        return forward
+
+    def open(self) -> None:
+        """Put the batched forward on the LoRA layers."""
+        self.run = None
+        install(self.bank, self.row_slots, self.config.backend)
+
+    def close(self) -> None:
+        """Give the LoRA layers their own forward back."""
+        uninstall(lora_layers(self.unet))
+
+    def refresh_bank(self, scale: float) -> None:
+        """Stack the adapters anew if PEFT's state, the scale or the device changed since."""
+        if self._bank_key != self._key(scale):
+            self.bank, self._bank_key = self._build(scale)
+            self.close()
+            self.open()
+
+    def _key(self, scale: float) -> tuple[object, ...]:
+        return (fingerprint(self.unet), scale, self.unet.device)
+
+    def _build(self, scale: float) -> tuple[AdapterBank, tuple[object, ...]]:
+        names: tuple[str, ...] = ()
+        if self.config.method != "no_lora":
+            names = choose_adapters(self.unet, self.config.adapters, _elsewhere(self._pipe()))
+            names = order_adapters(names, self.config)
+        make_plan(self.config, names, 1)  # high and low must name adapters that take part
+        merged = self.config.method == "merge"
+        bank = build_bank(self.unet, names, merged=merged, scale=scale, device=self.unet.device)
+        return bank, self._key(scale)
+
+    def refresh_scale(self, scale: float) -> None:
+        """Follow a `scale` of cross_attention_kwargs that changes in mid-run."""
+        if self._bank_key[1] != scale:
+            self.refresh_bank(scale)
+
+    def __call__(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+        **conditions: Any,
+    ) -> Any:
+        """One UNet evaluation of the pipeline, arguments as in UNet2DConditionModel.forward."""
+        try:
+            kwargs = dict(cross_attention_kwargs or {})
+            if "gligen" in kwargs:
+                raise RunError("cross_attention_kwargs['gligen'] is not supported")
+            scale = float(kwargs.pop("scale", 1.0))
+            run = self._locate(sample, timestep, scale)
+            inputs = Inputs(
+                sample, timestep, encoder_hidden_states, cross_attention_kwargs=kwargs or None, **conditions
+            )
+            noise = self._step(run, inputs)
+        except BaseException:
+            self.run = None  # whatever went wrong, the next call starts afresh
+            raise
+        return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
+
+    def _locate(self, sample: Tensor, timestep: Any, scale: float) -> Run:
+        """The run that this call belongs to, found without reading a tensor: by where the timestep lies in memory."""
+        timesteps, offset = self._position(timestep)
+        run = self.run
+        again = run is not None and run.timesteps is timesteps
+        if again and run is not None and offset == run.position and len(run.plan) > 1:
+            raise RunError(
+                "the UNet was called twice for one timestep; cmlora needs one call per step with all guidance halves "
+                "in one batch (a pipeline that calls it once per half, or twice per step, cannot be accelerated)"
+            )
+        if run is None or not again or offset <= run.position:
+            self.refresh_bank(scale)
+            run = self._start(sample, timesteps, offset)
+        else:
+            self.refresh_scale(scale)
+            if sample.shape != run.shape:
+                self._shrink(run, sample)
+        if offset != run.position + 1 and run.position >= 0:
+            run.cache = None  # steps were left out: what they would have refreshed is missing
+        run.position = offset
+        self.run = self.last_run = run
+        return run
+
+    def _position(self, timestep: Any) -> tuple[Tensor, int]:
+        scheduler = getattr(self._pipe(), "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if (
+            not isinstance(timestep, Tensor)
+            or not isinstance(timesteps, Tensor)
+            or timestep.untyped_storage()._cdata != timesteps.untyped_storage()._cdata
+        ):
+            raise RunError(
+                "timestep must be an element of pipe.scheduler.timesteps (`for t in scheduler.timesteps`), so that "
+                f"a step's position is known without reading the device; got {timestep!r}. Call set_timesteps of the "
+                "scheduler of the pipeline that was accelerated and pass its elements on"
+            )
+        return timesteps, int(timestep.storage_offset() - timesteps.storage_offset())
+
+    def _start(self, sample: Tensor, timesteps: Tensor, offset: int) -> Run:
+        steps = timesteps.shape[0] - offset
+        pipe = self._pipe()
+        if getattr(pipe, "_denoising_end", None) is not None:  # SDXL's base leaves the last steps to a refiner
+            steps = min(steps, getattr(pipe, "_num_timesteps", steps))
+        plan = make_plan(self.config, self.bank.names, steps)
+        run = Run(plan, timesteps, offset, sample.shape[0], sample.shape)
+        for step in plan:  # what comes from the host is on the device before the first step
+            self._rows(run, step, tuple(range(len(step.slots))), sample.device)
+            self._rows(run, step, step.refresh, sample.device)
+        return run
+
+    def _shrink(self, run: Run, sample: Tensor) -> None:
+        """Guidance was switched off in mid-run (diffusers' cut-off callback): the conditional half goes on."""
+        if sample.shape[1:] != run.shape[1:] or sample.shape[0] * 2 != run.images:
+            raise RunError(
+                f"the batch changed from {tuple(run.shape)} to {tuple(sample.shape)} in mid-run; only guidance that is "
+                "switched off, which halves it, can be followed"
+            )
+        half = sample.shape[0]
+        if run.cache is not None:
+            run.cache = run.cache.view(-1, run.images, *run.cache.shape[1:])[:, half:].flatten(0, 1)
+        run.dominant = None if run.dominant is None else run.dominant[half:]
+        run.weights = None if run.weights is None else run.weights[:, half:]
+        run.images, run.shape = half, sample.shape
+        run.rows.clear()
+
+    def _step(self, run: Run, inputs: Inputs) -> Tensor:
+        index = run.position - run.first
+        if index >= len(run.plan):
+            raise RunError(f"the run is longer than the {len(run.plan)} steps that the pipeline announced")
+        step = run.plan[index]
+        gate = self._choose(run, step, inputs.sample, index)
+        everyone = self._rows(run, step, tuple(range(len(step.slots))), inputs.sample.device)
+        full = step.full or run.cache is None
+        deep = everyone if full else self._deep_rows(run, step, inputs.sample.device)
+        noise, cache = self.batched.run(inputs, everyone, deep, run.cache)
+        run.cache = cache
+        held = run.dominant if step.gated else step.early
+        halves = 2 if getattr(self._pipe(), "do_classifier_free_guidance", False) and run.images % 2 == 0 else 1
+        size = cache.numel() * cache.element_size()
+        run.record.append(Record(step, run.images, halves, full, held, gate, size))
+        if len(step.slots) == 1:
+            return noise
+        assert run.weights is not None
+        return combine_noise(noise, run.weights, backend=self.config.backend)
+
+    def _choose(self, run: Run, step: Step, sample: Tensor, index: int) -> Tensor | None:
+        """Weights per prediction and image, the dominant adapter where the device decides; returns the gate's m."""
+        config, gate = self.config, None
+        if config.method == "cmlora" and config.partition == "online" and index > 0:
+            # an inpainting UNet's input carries the mask behind the latents
+            latents = sample[:, : self.unet.config.out_channels]
+            gate = high_frequency_share(latents, config.online_cutoff, backend=config.backend)
+        adapters = sum(slot >= 0 for slot in step.slots)
+        if step.gated and step.rotate and gate is not None:
+            assert step.early is not None
+            assert step.late is not None
+            run.dominant, weights = select_dominant(
+                gate,
+                config.online_gate,
+                step.early,
+                step.late,
+                adapters,
+                step.dominant_coefficient,
+                step.other_coefficient,
+                backend=config.backend,
+            )
+            run.weights = _with_base(weights, step)
+        elif run.weights is None or (step.rotate and not step.gated):
+            weights = torch.full((adapters, run.images), step.other_coefficient, device=sample.device)
+            if step.early is not None:
+                weights[step.early] = step.dominant_coefficient
+            run.weights = _with_base(weights, step)
+        return gate
+
+    def _rows(self, run: Run, step: Step, predictions: tuple[int, ...], device: torch.device) -> Rows:
+        """Rows of some predictions, made once per run and kept."""
+        key = (len(step.slots), *(step.slots[p] for p in predictions), *predictions)
+        if key not in run.rows:
+            images = torch.arange(run.images, device=device).repeat(len(predictions))
+            slots = torch.tensor([step.slots[p] for p in predictions], device=device).repeat_interleave(run.images)
+            if len(predictions) == len(step.slots):
+                run.rows[key] = Rows(slots)
+            else:
+                places = torch.tensor(predictions, device=device).repeat_interleave(run.images)
+                run.rows[key] = Rows(slots, places * run.images + images, images)
+        return run.rows[key]
+
+    def _deep_rows(self, run: Run, step: Step, device: torch.device) -> Rows | None:
+        if not step.full_predictions:
+            return None
+        known = self._rows(run, step, step.refresh, device) if step.refresh else None
+        if not step.refresh_dominant:
+            return known
+        assert run.dominant is not None
+        images = torch.arange(run.images, device=device)
+        chosen = Rows(run.dominant, run.dominant * run.images + images, images)
+        if known is None:
+            return chosen
+        assert known.index is not None
+        assert known.images is not None
+        return Rows(
+            torch.cat((chosen.slots, known.slots)),
+            torch.cat((run.dominant * run.images + images, known.index)),
+            torch.cat((images, known.images)),
+        )
+
+
+def _with_base(weights: Tensor, step: Step) -> Tensor:
+    """Append the base prediction's row where there is one."""
+    bases = len(step.slots) - weights.shape[0]
+    if not bases:
+        return weights
+    return torch.cat((weights, weights.new_full((bases, weights.shape[1]), step.base_coefficient)))
+
+
+def _elsewhere(pipe: Any) -> tuple[str, ...]:
+    """Adapters that the pipeline knows outside its UNet."""
+    if not hasattr(pipe, "get_list_adapters"):
+        return ()
+    return tuple(name for part, names in pipe.get_list_adapters().items() if part != "unet" for name in names)

@@ -1,0 +1,119 @@
+"""What the last run did, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cmlora.denoise import Denoiser, Record
+from cmlora.plan import BASE
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """One step.
+
+    Attributes:
+        rows_full, rows_shallow: rows that ran the whole UNet, and only its shallow part.
+        dominant: dominant adapter per image of the pipeline's batch; empty where the method has none.
+        weight: its weight before normalisation to the sum N, as in the config's `dominant_weight`.
+        gate: m per image; empty where it is not computed.
+    """
+
+    rows_full: int
+    rows_shallow: int
+    dominant: tuple[str, ...]
+    weight: float
+    gate: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The last run of an accelerated pipeline; `str()` is a table.
+
+    Attributes:
+        method: of the config.
+        adapters: in the order of their slots.
+        steps: one entry per UNet evaluation.
+        refreshes: how often each adapter's whole UNet pass ran, counted over the images of the batch.
+        adapter_bytes, cache_bytes: memory of the stacked adapters and of the cached features.
+    """
+
+    method: str
+    adapters: tuple[str, ...]
+    steps: tuple[StepSummary, ...]
+    refreshes: dict[str, int]
+    adapter_bytes: int
+    cache_bytes: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.method}: {', '.join(self.adapters) or 'no adapter'}; {len(self.steps)} steps",
+            f"adapters {self.adapter_bytes / 2**20:.1f} MiB, cached features {self.cache_bytes / 2**20:.1f} MiB",
+            "full passes: " + (", ".join(f"{name} {count}" for name, count in self.refreshes.items()) or "none"),
+            f"{'step':>4} {'full':>5} {'shallow':>7} {'weight':>7}  {'m':<16} dominant",
+        ]
+        for i, step in enumerate(self.steps):
+            gate = " ".join(f"{m:.3f}" for m in step.gate) or "-"
+            weight = f"{step.weight:.3f}" if step.dominant else "-"
+            dominant = " ".join(step.dominant) or "-"
+            lines.append(f"{i:>4} {step.rows_full:>5} {step.rows_shallow:>7} {weight:>7}  {gate:<16} {dominant}")
+        return "\n".join(lines)
+
+
+def summarise(denoiser: Denoiser) -> Summary:
+    """Read the last run's record back from the device."""
+    bank, run = denoiser.bank, denoiser.last_run
+    names = bank.names if bank is not None else ()
+    if run is None:
+        return Summary(denoiser.config.method, names, (), {}, bank.bytes if bank else 0, 0)
+    labels = ("+".join(names),) if denoiser.config.method == "merge" else names
+    refreshes = dict.fromkeys(("base", *labels), 0)
+    steps = []
+    for record in run.record:
+        for name in _refreshed(record, labels):
+            refreshes[name] += 1
+        steps.append(_step(record, names))
+    counted = {name: count for name, count in refreshes.items() if count or name != "base"}
+    cache_bytes = max((record.cache_bytes for record in run.record), default=0)
+    return Summary(denoiser.config.method, names, tuple(steps), counted, bank.bytes if bank else 0, cache_bytes)
+
+
+def _refreshed(record: Record, labels: Sequence[str]) -> list[str]:
+    """The adapter of every full pass of a step, once per image of the pipeline's batch."""
+    step = record.step
+    predictions = range(len(step.slots)) if record.refreshed_all else step.refresh
+    names = [
+        labels[step.slots[p]] if step.slots[p] != BASE else "base" for p in predictions for _ in range(record.rows)
+    ]
+    if step.refresh_dominant and not record.refreshed_all:
+        names += [labels[slot] for slot in _per_row(record.dominant, record.rows)]
+    return names
+
+
+def _step(record: Record, names: Sequence[str]) -> StepSummary:
+    step, rows = record.step, record.rows
+    predictions = len(step.slots) if record.refreshed_all else step.full_predictions
+    dominant = tuple(names[slot] for slot in _per_row(record.dominant, rows)) if step.early is not None else ()
+    gate = () if record.gate is None else tuple(float(m) for m in record.gate.tolist())
+    return StepSummary(
+        rows_full=predictions * rows,
+        rows_shallow=(len(step.slots) - predictions) * rows,
+        dominant=_images(dominant, record.halves),
+        weight=step.dominant_coefficient / step.other_coefficient,
+        gate=_images(gate, record.halves),
+    )
+
+
+def _per_row(dominant: Tensor | int | None, rows: int) -> list[int]:
+    if isinstance(dominant, torch.Tensor):
+        return [int(slot) for slot in dominant.tolist()]
+    return [] if dominant is None else [dominant] * rows
+
+
+def _images(values: tuple, halves: int) -> tuple:  # type: ignore[type-arg]  # of names or numbers alike
+    """One value per image: the guidance halves of an image share theirs."""
+    return values[: len(values) // halves]
