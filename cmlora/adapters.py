@@ -69,8 +69,9 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
 
 
 def loaded_adapters(model: nn.Module) -> tuple[str, ...]:
-    """Names of the adapters that changed at least one layer, in order of appearance."""
-    return tuple(dict.fromkeys(name for layer in lora_layers(model) for name in layer.lora_A))
+    """Names of the adapters that changed at least one layer, in the order in which they were loaded."""
+    present = {name for layer in lora_layers(model) for name in layer.lora_A}
+    return tuple(name for name in getattr(model, "peft_config", {}) if name in present)
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
@@ -80,12 +81,18 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in active if name in loaded)
 
 
-def choose_adapters(model: nn.Module, wanted: Sequence[str] | None, elsewhere: Sequence[str] = ()) -> tuple[str, ...]:
+def choose_adapters(
+    model: nn.Module, wanted: Sequence[str] | None, *, several: bool, elsewhere: Sequence[str] = ()
+) -> tuple[str, ...]:
     """The adapters that take part: those wanted, or the active ones.
+
+    Loading several LoRAs one after the other leaves the last one alone active. Where the method composes several, that
+    state means all of them; any other choice of `pipe.set_adapters` is taken as it is.
 
     Args:
         model: the UNet.
         wanted: names, or None.
+        several: whether the method composes several adapters.
         elsewhere: adapters known to the pipeline outside the UNet, for a better message.
 
     Raises:
@@ -93,6 +100,8 @@ def choose_adapters(model: nn.Module, wanted: Sequence[str] | None, elsewhere: S
     """
     loaded = loaded_adapters(model)
     names = active_adapters(model) if wanted is None else tuple(wanted)
+    if wanted is None and several and names == loaded[-1:]:
+        names = loaded
     for name in names:
         if name not in loaded:
             raise AdapterError(_missing(name, loaded, elsewhere))

@@ -27,7 +27,8 @@ class CMLoRAConfig:
         partition: what moves `cmlora` from its early to its late stage. "offline": a fixed share of the steps.
             "online": the spectrum of the latents, per image. "async": as offline, and dominance moves on its own
             clock instead of with the refreshes.
-        adapters: names, in order; None: the active ones (`pipe.set_adapters`).
+        adapters: names, in order; None: the active ones (`pipe.set_adapters`). Where only the one loaded last is
+            active, as `pipe.load_lora_weights` leaves it, methods that compose several take all that are loaded.
         high, low: which adapters carry high or low frequencies; what is named in neither goes by ComposLoRA's role in
             its name (background: low, all else: high).
         cache_interval: deep features are refreshed every so many steps; 1: no cache; "nonuniform": every 2nd, 3rd,

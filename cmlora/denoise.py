@@ -104,7 +104,9 @@ class Denoiser:
     def _build(self, scale: float) -> tuple[AdapterBank, tuple[object, ...]]:
         names: tuple[str, ...] = ()
         if self.config.method != "no_lora":
-            names = choose_adapters(self.unet, self.config.adapters, _elsewhere(self._pipe()))
+            several = self.config.method != "merge"
+            elsewhere = _elsewhere(self._pipe())
+            names = choose_adapters(self.unet, self.config.adapters, several=several, elsewhere=elsewhere)
             names = order_adapters(names, self.config)
         make_plan(self.config, names, 1)  # high and low must name adapters that take part
         merged = self.config.method == "merge"

@@ -1,0 +1,152 @@
+"""The command line: `cmlora generate` draws with LoRAs from files, alone or method beside method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from PIL import Image, ImageDraw, ImageFont
+
+from cmlora import CMLoRAError, accelerate, restore, summary
+from cmlora.config import CMLoRAConfig
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _commands() -> None:
+    """Several LoRAs in one image, as one batch."""
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA named on the command line: FILE[:WEIGHT][=NAME]."""
+
+    path: Path
+    weight: float
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> LoraFile:
+        """Split FILE[:WEIGHT][=NAME]; the name defaults to the file's stem, the weight to 1."""
+        rest, _, name = text.partition("=")
+        path, weight = rest, 1.0
+        head, colon, tail = rest.rpartition(":")
+        if colon:
+            try:
+                path, weight = head, float(tail)
+            except ValueError:
+                path = rest  # a colon of the path itself
+        if not Path(path).is_file():
+            raise typer.BadParameter(f"--lora {text}: no such file: {path}")
+        return cls(Path(path), weight, name or Path(path).stem.replace(".", "_"))
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Option(help="Folder of a diffusers pipeline.", exists=True, file_okay=False)],
+    lora: Annotated[list[str], typer.Option(help="FILE[:WEIGHT][=NAME]; repeat for each LoRA.")],
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("cmlora.png"),
+    method: Annotated[str, typer.Option(help="no_lora, merge, switch, composite or cmlora.")] = "cmlora",
+    compare: Annotated[
+        str, typer.Option(help="Methods side by side in one image: merge,switch,composite,cmlora.")
+    ] = "",
+    negative: Annotated[str, typer.Option(help="What not to draw.")] = "",
+    partition: Annotated[str, typer.Option(help="offline, online or async.")] = CMLoRAConfig.partition,
+    combine: Annotated[str, typer.Option(help="mean or deviation.")] = CMLoRAConfig.combine,
+    cache_interval: Annotated[str, typer.Option(help="1, 2, ..., nonuniform or quadratic.")] = "2",
+    steps: Annotated[int, typer.Option(min=1)] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
+    seed: int = 0,
+    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
+) -> None:
+    """Draw one prompt with several LoRAs."""
+    files = [LoraFile.parse(text) for text in lora]
+    pipe = _load(model, files)
+    interval: int | str = int(cache_interval) if cache_interval.isdigit() else cache_interval
+    images = []
+    methods = compare.split(",") if compare else [method]
+    for name in methods:
+        accelerate(pipe, method=name, partition=partition, combine=combine, cache_interval=interval)
+        pipe.set_progress_bar_config(desc=name)
+        images.append(_draw(pipe, prompt, negative, steps, guidance, seed, height, width))
+        typer.echo(summary(pipe))
+        restore(pipe)
+    image = labelled(images, methods) if compare else images[0]
+    image.save(out)
+    typer.echo(f"wrote {out}")
+
+
+def _load(model: Path, files: Sequence[LoraFile]) -> Any:
+    """The pipeline on the GPU in float16 where there is one, on the CPU in float32 elsewhere, its LoRAs active."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    names = [f.name for f in files]
+    if len(set(names)) < len(names):
+        raise typer.BadParameter(f"--lora: names must differ, got {', '.join(names)}; give some with FILE=NAME")
+    gpu = torch.cuda.is_available()
+    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float16 if gpu else torch.float32)
+    pipe = pipe.to("cuda" if gpu else "cpu")
+    for file in files:
+        pipe.load_lora_weights(str(file.path), adapter_name=file.name)
+    known = {name for part in pipe.get_list_adapters().values() for name in part}
+    for file in files:
+        if file.name not in known:
+            raise CMLoRAError(
+                f"{file.path} changed no layer of this model: its keys fit another model or lack a prefix"
+            )
+    pipe.set_adapters(names, [f.weight for f in files])
+    return pipe
+
+
+def _draw(
+    pipe: Any,
+    prompt: str,
+    negative: str,
+    steps: int,
+    guidance: float,
+    seed: int,
+    height: int | None,
+    width: int | None,
+) -> Image.Image:
+    import torch
+
+    image: Image.Image = pipe(
+        prompt,
+        negative_prompt=negative or None,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        height=height,
+        width=width,
+        generator=torch.Generator().manual_seed(seed),
+    ).images[0]
+    return image
+
+
+def labelled(images: Sequence[Image.Image], labels: Sequence[str]) -> Image.Image:
+    """Images of one size side by side, each under its label; small ones are enlarged to be seen."""
+    factor = max(1, 256 // images[0].width)
+    side, tall = images[0].width * factor, images[0].height * factor
+    band, gap = 28, 8
+    sheet = Image.new("RGB", (len(images) * (side + gap) - gap, tall + band), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        left = i * (side + gap)
+        sheet.paste(image.resize((side, tall), Image.Resampling.NEAREST), (left, band))
+        pen.text((left + side / 2, band / 2), label, fill="black", font=font, anchor="mm")
+    return sheet
+
+
+def main() -> None:
+    """Entry point: what this library says on purpose is printed without a traceback."""
+    try:
+        app()
+    except (CMLoRAError, OSError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise SystemExit(1) from None
