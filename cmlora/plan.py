@@ -192,7 +192,8 @@ def _dominance(
             turn += 1
             first, last = early[turn % len(early)], late[turn % len(late)]
             if config.partition != "online":
-                first = last = first if i <= config.offline_boundary * steps else last
+                # 120/220 of 220 steps is a hair below 120 in floating point
+                first = last = first if i <= config.offline_boundary * steps + 1e-9 else last
             elif i == 0:
                 last = first  # there is no previous step: m = 1
         yield rotate, turn, first, last
