@@ -137,7 +137,8 @@ def fingerprint(model: nn.Module) -> tuple[object, ...]:
 
 
 def _identity(weight: Tensor) -> tuple[object, ...]:
-    return id(weight), weight._version, weight.dtype
+    # PEFT's hot swap puts another tensor behind the same parameter, whose version may be the same
+    return id(weight), weight.data_ptr(), weight._version, weight.dtype
 
 
 def build_bank(
@@ -171,8 +172,12 @@ def _check(name: str, layer: BaseTunerLayer, names: Sequence[str], here: Sequenc
     if names and layer.disable_adapters:
         raise AdapterError(f"{name}: adapters are disabled; call pipe.enable_lora() first, or use method='no_lora'")
     if not isinstance(layer, LoraLayer):
-        if any(n in getattr(layer, a, {}) for a in layer.adapter_layer_names for n in names):
-            raise AdapterError(f"{name}: {type(layer).__name__} is no LoRA layer; only LoRA and LoCon can be composed")
+        for n in dict.fromkeys((*names, *layer.active_adapters)):
+            if any(n in getattr(layer, a, {}) for a in layer.adapter_layer_names):
+                raise AdapterError(
+                    f"{name}: adapter {n!r} is a {type(layer).__name__}, no LoRA; only LoRA and LoCon can be composed: "
+                    f"remove it with pipe.delete_adapters({n!r})"
+                )
         return
     for adapter in here:
         if layer.use_dora.get(adapter) or adapter in layer.lora_variant:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -105,7 +106,7 @@ class CMLoRAConfig:
         _number("dominant_floor", self.dominant_floor, 0, None)
         for name in ("offline_boundary", "online_gate", "quadratic_center"):
             _number(name, getattr(self, name), 0, 1)
-        _number("quadratic_power", self.quadratic_power, 1, None)
+        _number("quadratic_power", self.quadratic_power, 1, 10, above=True)
         _number("online_cutoff", self.online_cutoff, 0, 1, below=True)
         _number("async_switch", self.async_switch, 0, 1, above=True)
 
@@ -147,8 +148,10 @@ def _number(
 ) -> None:
     fits = isinstance(value, int | float) and not isinstance(value, bool) and value >= least
     fits = fits and not (above and value == least)
-    if fits and most is not None:
-        fits = value < most if below else value <= most  # type: ignore[operator]  # an int or a float by now
+    if fits:
+        limit = math.inf if most is None else most
+        strictly = below or most is None
+        fits = value < limit if strictly else value <= limit  # type: ignore[operator]  # an int or a float by now
     if not fits:
         interval = f"{'(' if above else '['}{least}, {'inf)' if most is None else f'{most})' if below else f'{most}]'}"
         choice = f" or {alternative}" if alternative else ""

@@ -62,6 +62,7 @@ class Denoiser:
 
     def __init__(self, pipe: Any, config: CMLoRAConfig) -> None:
         self._pipe = weakref.ref(pipe)
+        self._scheduler = getattr(pipe, "scheduler", None)  # of pipelines that share the UNet, once `pipe` is gone
         self.unet = pipe.unet
         self.config = config
         self.row_slots = RowSlots()
@@ -167,8 +168,7 @@ class Denoiser:
         return run
 
     def _position(self, timestep: Any) -> tuple[Tensor, int]:
-        scheduler = getattr(self._pipe(), "scheduler", None)
-        timesteps = getattr(scheduler, "timesteps", None)
+        timesteps = getattr(getattr(self._pipe(), "scheduler", self._scheduler), "timesteps", None)
         if (
             not isinstance(timestep, Tensor)
             or not isinstance(timesteps, Tensor)
@@ -211,7 +211,8 @@ class Denoiser:
     def _step(self, run: Run, inputs: Inputs) -> Tensor:
         index = run.position - run.first
         if index >= len(run.plan):
-            raise RunError(f"the run is longer than the {len(run.plan)} steps that the pipeline announced")
+            # another pipeline runs this UNet, not the one whose denoising_end set the length
+            run.plan = make_plan(self.config, self.bank.names, run.timesteps.shape[0] - run.first)
         step = run.plan[index]
         gate = self._choose(run, step, inputs.sample, index)
         everyone = self._rows(run, step, tuple(range(len(step.slots))), inputs.sample.device)

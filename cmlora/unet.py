@@ -77,10 +77,11 @@ class Inputs:
     encoder_attention_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        # T2I-adapters were once passed as ControlNet residuals without a middle one
-        if self.mid_block_additional_residual is None and self.down_block_additional_residuals is not None:
-            self.down_intrablock_additional_residuals = self.down_block_additional_residuals
-            self.down_block_additional_residuals = None
+        # T2I-adapters were once passed as ControlNet residuals without a middle one; half of a pair is not used else
+        if self.mid_block_additional_residual is None or self.down_block_additional_residuals is None:
+            if self.down_intrablock_additional_residuals is None:
+                self.down_intrablock_additional_residuals = self.down_block_additional_residuals
+            self.down_block_additional_residuals = self.mid_block_additional_residual = None
         for name in ("attention_mask", "encoder_attention_mask"):
             mask = getattr(self, name)
             if mask is not None:
@@ -257,6 +258,7 @@ class BatchedUNet:
             skip = skips.pop()
             if _freeu(unit.block):
                 block: Any = unit.block
+                hidden = hidden.clone() if boundary and i == 0 else hidden  # FreeU writes into what may be the cache
                 hidden, skip = apply_freeu(
                     block.resolution_idx, hidden, skip, s1=block.s1, s2=block.s2, b1=block.b1, b2=block.b2
                 )

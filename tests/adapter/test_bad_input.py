@@ -1,0 +1,416 @@
+"""Wrong input: an error that says what was expected, what came and what to do, and a pipeline that still works."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.callbacks import SDCFGCutoffCallback
+from models import EVERYTHING, add_lora, call, embeddings, relative, sd_pipe, sd_unet
+from test_conditions import EXACT, Loop, with_loras
+
+import cmlora
+
+SEVERAL = ("composite", "cmlora")
+
+
+@pytest.fixture
+def sd():
+    return with_loras(sd_pipe())
+
+
+def loop(pipe, run, interval=2, **settings):
+    with Loop(pipe.unet, interval, **settings):
+        return run(pipe)
+
+
+def refused(pipe, kind, *parts, **settings):
+    """`accelerate` raises `kind` with `parts` in its message, and leaves the pipeline as it was."""
+    before, attributes = call(pipe, 1), dict(pipe.unet.__dict__)
+    with pytest.raises(kind) as error:
+        cmlora.accelerate(pipe, **settings)
+    assert isinstance(error.value, cmlora.CMLoRAError)
+    for part in parts:
+        assert part in str(error.value)
+    assert pipe.unet.__dict__ == attributes
+    assert torch.equal(call(pipe, 1), before)
+
+
+# --- the configuration
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("method", ["mean", None, 3]),
+        ("partition", ["on"]),
+        ("combine", ["sum"]),
+        ("late_stage", ["high"]),
+        ("backend", ["cuda", None]),
+        ("adapters", ["a", ["a", "a"], [1], 5]),
+        ("high", ["a", ["a", "a"], None]),
+        ("low", ["a", [2]]),
+        ("cache_interval", [0, -1, 1.5, True, "often", None]),
+        ("cache_branch", [(0,), (0, -1), "01", (0, 1, 2), (0.0, 1), 1]),
+        ("max_cache_age", [0, -2, 2.5]),
+        ("switch_step", [0, "5"]),
+        ("quadratic_interval", [0, 2.0]),
+        ("quadratic_center", [-0.1, 1.1]),
+        ("quadratic_power", [1, 1e9, float("inf")]),
+        ("dominant_weight", [-1, float("nan"), float("inf"), "2"]),
+        ("dominant_decay", [-0.1, 1.1, float("nan")]),
+        ("dominant_floor", [-0.1, float("inf")]),
+        ("offline_boundary", [-0.1, 1.01]),
+        ("online_gate", [-0.1, 1.01, True]),
+        ("online_cutoff", [-0.1, 1]),
+        ("async_switch", [0, 1.1]),
+    ],
+)
+def test_a_field_out_of_range_names_itself(field, values):
+    for value in values:
+        with pytest.raises(cmlora.ConfigError, match=rf"^{field} must .*, got {re.escape(repr(value))[:20]}|^{field} must name"):
+            cmlora.CMLoRAConfig(**{field: value})
+
+
+def test_contradictions_and_unknown_fields(sd):
+    with pytest.raises(cmlora.ConfigError, match="high and low must not share .* a "):
+        cmlora.CMLoRAConfig(high=["a"], low=["a"])
+    refused(sd, cmlora.ConfigError, "interval is no field", "cache_interval", interval=2)
+    refused(sd, cmlora.ConfigError, "config must be a CMLoRAConfig", "dict", config={"method": "merge"})
+    refused(sd, cmlora.ConfigError, "high names z", "a, b", high=["z"])
+    refused(sd, cmlora.ConfigError, "cache_branch must", "(0, 0..1)", "(7, 0)", cache_branch=(7, 0))
+
+
+def test_interval_longer_than_the_run_refreshes_once(sd):
+    want = loop(sd, lambda p: call(p, 3), interval=100)
+    with cmlora.accelerated(sd, method="composite", cache_interval=100):
+        assert relative(call(sd, 3), want) < EXACT
+        assert [s.rows_full for s in cmlora.summary(sd).steps] == [4, 0, 0]
+
+
+# --- adapters at the time of accelerate
+
+
+def test_unknown_adapter(sd):
+    refused(sd, cmlora.AdapterError, "'zebra'", "a, b", "not loaded", adapters=["a", "zebra"])
+
+
+@pytest.mark.parametrize("method", SEVERAL)
+def test_one_adapter_where_two_are_needed(sd, method):
+    refused(sd, cmlora.AdapterError, method, "at least two", "got a", "set_adapters", method=method, adapters=["a"])
+
+
+def test_no_adapter_at_all():
+    refused(sd_pipe(), cmlora.AdapterError, "no LoRA layer", "load_lora_weights")
+
+
+def test_fused(sd):
+    sd.fuse_lora()
+    refused(sd, cmlora.AdapterError, "fused", "unfuse_lora")
+
+
+def test_disabled(sd):
+    sd.disable_lora()
+    refused(sd, cmlora.AdapterError, "disabled", "enable_lora", method="composite")
+
+
+def test_dora(sd):
+    sd.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], use_dora=True), "d")
+    refused(sd, cmlora.AdapterError, "'d'", "DoRA", adapters=["a", "d"])
+
+
+@pytest.mark.parametrize("kind", [peft.LoHaConfig, peft.LoKrConfig])
+@pytest.mark.parametrize("method", ["composite", "no_lora"])
+def test_a_tuner_that_is_no_lora(kind, method):
+    pipe = sd_pipe()
+    pipe.unet.add_adapter(kind(r=2, target_modules=["time_emb_proj"], init_weights=False), "h")
+    with_loras_on_attention(pipe)
+    pipe.unet.set_adapters(["a", "b", "h"])
+    refused(pipe, cmlora.AdapterError, "'h'", "only LoRA", method=method, adapters=["a", "b"])
+
+
+def with_loras_on_attention(pipe):
+    for seed, name in enumerate("ab"):
+        add_lora(pipe.unet, name, seed=seed)
+    return pipe
+
+
+# --- pipelines and UNets
+
+
+def test_pipeline_without_unet():
+    flux = SimpleNamespace(transformer=torch.nn.Linear(2, 2))
+    with pytest.raises(cmlora.UnsupportedModelError, match="has no unet.*StableDiffusionXLPipeline"):
+        cmlora.accelerate(flux)
+    assert cmlora.restore(flux) is flux
+    with pytest.raises(cmlora.CMLoRAError, match="not accelerated"):
+        cmlora.summary(flux)
+
+
+def test_kandinsky_blocks():
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        layers_per_block=1,
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+    )
+    with pytest.raises(cmlora.UnsupportedModelError, match=r"ResnetDownsampleBlock2D.*supported are CrossAttnDownBlock2D"):
+        cmlora.accelerate(SimpleNamespace(unet=unet))
+    assert "forward" not in unet.__dict__
+
+
+def test_foreign_unet_and_fused_projections(sd):
+    with pytest.raises(cmlora.UnsupportedModelError, match="UNet2DConditionModel, got Linear"):
+        cmlora.accelerate(SimpleNamespace(unet=torch.nn.Linear(2, 2)))
+    sd.fuse_qkv_projections(vae=False)
+    refused(sd, cmlora.UnsupportedModelError, "unfuse_qkv_projections")
+
+
+# --- during a run
+
+
+def test_timestep_from_elsewhere(sd):
+    given, want = embeddings(sd), loop(sd, lambda p: call(p, 2))
+    cmlora.accelerate(sd, method="composite")
+    sd.scheduler.set_timesteps(4)
+    for timestep in (torch.tensor(981), 981, sd.scheduler.timesteps[0].clone()):
+        with pytest.raises(cmlora.RunError, match=r"element of pipe\.scheduler\.timesteps.*set_timesteps"):
+            sd.unet(given["latents"], timestep, given["prompt_embeds"])
+    assert relative(call(sd, 2), want) < EXACT
+
+
+def test_unet_called_once_per_guidance_half(sd):
+    given, want = embeddings(sd), loop(sd, lambda p: call(p, 2))
+    cmlora.accelerate(sd, method="composite")
+    sd.scheduler.set_timesteps(4)
+    t = sd.scheduler.timesteps[0]
+    sd.unet(given["latents"], t, given["prompt_embeds"])
+    with pytest.raises(cmlora.RunError, match="called twice for one timestep.*one call per step"):
+        sd.unet(given["latents"], t, given["negative_prompt_embeds"])
+    assert relative(call(sd, 2), want) < EXACT
+
+
+def test_nan_goes_through_as_in_the_plain_pipeline(sd):
+    given = embeddings(sd, 2)
+    given["latents"][0, 0, 0, 0] = torch.nan
+    want = loop(sd, lambda p: call(p, 3, given=given))
+    for method in SEVERAL:
+        with cmlora.accelerated(sd, method=method, low=["b"]):
+            got = call(sd, 3, given=given)
+        assert torch.equal(got.isnan().all((1, 2, 3)), want.isnan().all((1, 2, 3)))  # one image's NaN stays its own
+        assert not got[1].isnan().any()
+
+
+def cut_off(pipe, i, t, tensors):
+    """What diffusers' cut-off callback does, for several images."""
+    if i == 1:
+        tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        pipe._guidance_scale = 0.0
+    return tensors
+
+
+@pytest.mark.parametrize("dominance", [None, 1.5])
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_guidance_cut_off_in_mid_run(sd, dominance, interval):
+    given = embeddings(sd, 2)
+    hook = {"callback_on_step_end": cut_off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    want = loop(sd, lambda p: call(p, 5, given=given, **hook), interval, dominance=dominance)
+    settings = {"method": "composite"}
+    if dominance:
+        settings = {"partition": "offline", "offline_boundary": 1.0, "dominant_decay": 0.0}
+    with cmlora.accelerated(sd, cache_interval=interval, **settings):
+        assert relative(call(sd, 5, given=given, **hook), want) < EXACT
+        assert len(cmlora.summary(sd).steps) == 5
+
+
+def test_diffusers_own_cut_off_with_the_online_gate(sd):
+    hook = {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_index=1)}
+    hook["callback_on_step_end_tensor_inputs"] = ["prompt_embeds"]
+    with cmlora.accelerated(sd, partition="online", low=["b"], cache_interval=2):
+        assert call(sd, 5, **hook).isfinite().all()
+        assert [len(s.gate) for s in cmlora.summary(sd).steps] == [0, 1, 1, 1, 1]
+
+
+def test_a_batch_that_changes_otherwise(sd):
+    given, want = embeddings(sd), loop(sd, lambda p: call(p, 2))
+    cmlora.accelerate(sd, method="composite")
+    sd.scheduler.set_timesteps(4)
+    first, second, *_ = sd.scheduler.timesteps
+    x, context = given["latents"], given["prompt_embeds"]
+    for other in (x.repeat(3, 1, 1, 1), x[..., :8]):
+        sd.unet(x, first, context)
+        with pytest.raises(cmlora.RunError, match=r"batch changed from \(1, 4, 16, 16\) to"):
+            sd.unet(other, second, context.repeat(len(other), 1, 1))
+    assert relative(call(sd, 2), want) < EXACT
+
+
+def test_an_exception_in_mid_step(sd):
+    want = loop(sd, lambda p: call(p, 2))
+    cmlora.accelerate(sd, method="composite")
+
+    def fail(*_):
+        raise ValueError("from a user's hook")
+
+    handle = sd.unet.mid_block.register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="user's hook"):
+        call(sd, 2)
+    handle.remove()
+    assert relative(call(sd, 2), want) < EXACT
+
+
+# --- adapters that change after accelerate
+
+
+def test_weights_set_after_accelerate(sd):
+    cmlora.accelerate(sd, method="merge", cache_interval=1)
+    call(sd, 1)
+    sd.set_adapters(["a", "b"], [0.2, 1.9])
+    got = call(sd, 2)
+    assert relative(got, call(cmlora.restore(sd), 2)) < EXACT
+
+
+def test_weights_swapped_in_place(sd):
+    """PEFT's hot swap keeps the layers and the parameters and exchanges what lies in them."""
+    other = with_loras(sd_pipe())
+    for name, weight in other.unet.named_parameters():
+        if ".lora_B.a." in name:
+            weight.mul_(-3)
+    state = peft.get_peft_model_state_dict(other.unet, adapter_name="a")
+    cmlora.accelerate(sd, method="merge", cache_interval=1)
+    before = call(sd, 2)
+    peft.utils.hotswap.hotswap_adapter_from_state_dict(sd.unet, state, "a", config=sd.unet.peft_config["a"])
+    got = call(sd, 2)
+    assert relative(got, before) > 100 * EXACT
+    assert relative(got, call(cmlora.restore(sd), 2)) < EXACT
+
+
+def test_adapter_deleted_after_accelerate(sd):
+    cmlora.accelerate(sd, method="composite")
+    call(sd, 1)
+    sd.delete_adapters("b")
+    with pytest.raises(cmlora.AdapterError, match="at least two adapters, got a"):
+        call(sd, 1)
+    add_lora(sd.unet, "b", rank=6, alpha=3, seed=2)
+    sd.unet.set_adapters(["a", "b"], [0.8, 1.2])
+    got = call(sd, 2)
+    cmlora.restore(sd)
+    assert relative(got, loop(sd, lambda p: call(p, 2))) < EXACT
+
+
+def test_named_adapter_deleted_after_accelerate(sd):
+    cmlora.accelerate(sd, method="merge", adapters=["a", "b"])
+    sd.delete_adapters("b")
+    with pytest.raises(cmlora.AdapterError, match=r"'b' changed no layer .*adapters are a\).*deleted"):
+        call(sd, 1)
+
+
+def test_adapter_added_after_accelerate(sd):
+    cmlora.accelerate(sd, method="merge", cache_interval=1)
+    call(sd, 1)
+    add_lora(sd.unet, "c", rank=3, pattern=EVERYTHING, seed=7)
+    sd.set_adapters(["a", "b", "c"], [0.5, 0.6, 0.7])
+    got = call(sd, 2)
+    assert relative(got, call(cmlora.restore(sd), 2)) < EXACT
+
+
+def test_unloaded_and_loaded_again(sd):
+    cmlora.accelerate(sd, method="composite")
+    sd.unload_lora_weights()
+    with pytest.raises(cmlora.AdapterError, match="no LoRA layer"):
+        call(sd, 1)
+    with_loras(sd)
+    got = call(sd, 2)
+    cmlora.restore(sd)
+    assert relative(got, loop(sd, lambda p: call(p, 2))) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("change", "undo", "message"),
+    [("fuse_lora", "unfuse_lora", "unfuse_lora"), ("disable_lora", "enable_lora", "enable_lora")],
+)
+def test_fused_or_disabled_after_accelerate(sd, change, undo, message):
+    cmlora.accelerate(sd, method="composite")
+    call(sd, 1)
+    getattr(sd, change)()
+    with pytest.raises(cmlora.AdapterError, match=message):
+        call(sd, 1)
+    getattr(sd, undo)()
+    got = call(sd, 2)
+    cmlora.restore(sd)
+    assert relative(got, loop(sd, lambda p: call(p, 2))) < EXACT
+
+
+# --- offload hooks of the accelerate library, whose forward wraps the UNet's
+
+
+class Moves(ModelHook):
+    """Counts its calls, as the offload hook moves weights."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+@pytest.mark.parametrize("restore_first", [True, False])
+@pytest.mark.parametrize("hook_first", [True, False])
+def test_offload_hook_and_restore_in_each_order(sd, hook_first, restore_first):
+    plain, want, hook = call(sd, 2), loop(sd, lambda p: call(p, 2)), Moves()
+    if hook_first:
+        add_hook_to_module(sd.unet, hook)
+    cmlora.accelerate(sd, method="composite")
+    if not hook_first:
+        add_hook_to_module(sd.unet, hook)
+    assert relative(call(sd, 2), want) < EXACT
+    assert hook.calls == 2
+    assert len(cmlora.summary(sd).steps) == 2
+    # what diffusers does after each call of an offloaded pipeline: all hooks off and on again
+    remove_hook_from_module(sd.unet, recurse=True)
+    add_hook_to_module(sd.unet, hook)
+    cmlora.accelerate(sd, method="composite", cache_interval=1)
+    cmlora.accelerate(sd, method="composite")
+    assert relative(call(sd, 2), want) < EXACT
+    assert hook.calls == 4
+    if restore_first:
+        cmlora.restore(sd)
+        assert torch.equal(call(sd, 2), plain)
+        assert hook.calls == 6
+        remove_hook_from_module(sd.unet)
+    else:
+        remove_hook_from_module(sd.unet)
+        assert relative(call(sd, 2), want) < EXACT
+        cmlora.restore(sd)
+    assert torch.equal(call(sd, 2), plain)
+    assert sd.unet.forward.__func__ is UNet2DConditionModel.forward
+
+
+def test_sequential_offload_is_refused(sd):
+    """Its weights lie on no device between calls, so nothing can be stacked."""
+    from accelerate import cpu_offload
+
+    plain = call(sd, 1)
+    cpu_offload(sd.unet, execution_device=torch.device("cpu"))
+    refused(sd, cmlora.AdapterError, "meta", "enable_model_cpu_offload", method="composite")
+    remove_hook_from_module(sd.unet, recurse=True)
+    assert torch.equal(call(sd, 1), plain)
+
+
+def test_pipeline_offload(sd):
+    want = loop(sd, lambda p: call(p, 2))
+    sd.enable_model_cpu_offload(device="cpu")
+    cmlora.accelerate(sd, method="composite")
+    for _ in range(2):
+        assert relative(call(sd, 2), want) < EXACT
+    assert isinstance(sd, StableDiffusionPipeline)
+    assert len(cmlora.summary(sd).steps) == 2
