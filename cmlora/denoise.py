@@ -14,12 +14,26 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
 from cmlora.adapters import AdapterBank, build_bank, choose_adapters, fingerprint, lora_layers
+from cmlora.conditions import Conditions, Inputs
 from cmlora.config import CMLoRAConfig
 from cmlora.errors import RunError
-from cmlora.layers import RowSlots, install, uninstall
+from cmlora.layers import RowSlots, install, stack_projections, uninstall
 from cmlora.plan import Step, make_plan, order_adapters
-from cmlora.unet import BatchedUNet, Inputs, Rows
+from cmlora.rows import Rows
+from cmlora.unet import BatchedUNet
 from cmlora_kernels import combine_noise, high_frequency_share, select_dominant
+
+# Pipelines that pass torch.cat([latents] * 2) to the UNet under guidance.
+DOUBLING = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLControlNetPipeline",
+)
 
 
 @dataclass
@@ -29,10 +43,12 @@ class Run:
     plan: tuple[Step, ...]
     timesteps: Tensor  # held, so that another run's schedule cannot take its address
     first: int  # the run's first position in the schedule (img2img starts in the middle)
+    halves: int  # of guidance that have the same latents
     images: int  # rows of the pipeline's own batch: guidance halves x images
     shape: torch.Size
     position: int = -1  # of the last call
     cache: Tensor | None = None
+    conditions: Conditions | None = None
     rows: dict[tuple[int, ...], Rows] = field(default_factory=dict)
     dominant: Tensor | None = None  # [images], where the device chose it
     weights: Tensor | None = None  # [predictions, images]
@@ -87,10 +103,12 @@ class Denoiser:
         """Put the batched forward on the LoRA layers."""
         self.run = None
         install(self.bank, self.row_slots, self.config.backend)
+        self.batched.stacked = stack_projections(self.unet, self.row_slots, self.config.backend)
 
     def close(self) -> None:
         """Give the LoRA layers their own forward back."""
         uninstall(lora_layers(self.unet))
+        self.batched.stacked = {}
 
     def refresh_bank(self, scale: float) -> None:
         """Stack the adapters anew if PEFT's state, the scale or the device changed since."""
@@ -187,11 +205,27 @@ class Denoiser:
         if getattr(pipe, "_denoising_end", None) is not None:  # SDXL's base leaves the last steps to a refiner
             steps = min(steps, getattr(pipe, "_num_timesteps", steps))
         plan = make_plan(self.config, self.bank.names, steps)
-        run = Run(plan, timesteps, offset, sample.shape[0], sample.shape)
+        run = Run(plan, timesteps, offset, self._halves(sample), sample.shape[0], sample.shape)
         for step in plan:  # what comes from the host is on the device before the first step
             self._rows(run, step, tuple(range(len(step.slots))), sample.device)
-            self._rows(run, step, step.refresh, sample.device)
+            if step.refresh:
+                self._rows(run, step, step.refresh, sample.device)
         return run
+
+    def _halves(self, sample: Tensor) -> int:
+        """2 where the pipeline doubles its latents for guidance; looked at once, before a run's first step."""
+        pipe = self._pipe()
+        known = any(kind.__name__ in DOUBLING for kind in type(pipe).__mro__)
+        if not known or sample.shape[0] % 2 or not getattr(pipe, "do_classifier_free_guidance", False):
+            return 1
+        return 2 if sample.is_meta or torch.equal(*sample.chunk(2)) else 1
+
+    def _check_halves(self, run: Run, sample: Tensor) -> None:
+        """Watch on the device that the halves stay alike, bit for bit (NaN equals NaN)."""
+        if run.halves == 2 and not sample.is_meta:
+            bits = sample.view(torch.int32 if sample.element_size() == 4 else torch.int16)
+            first, second = bits.chunk(2)
+            torch._assert_async((first == second).all(), "the guidance halves of the batch parted in mid-run")
 
     def _shrink(self, run: Run, sample: Tensor) -> None:
         """Guidance was switched off in mid-run (diffusers' cut-off callback): the conditional half goes on."""
@@ -205,7 +239,7 @@ class Denoiser:
             run.cache = run.cache.view(-1, run.images, *run.cache.shape[1:])[:, half:].flatten(0, 1)
         run.dominant = None if run.dominant is None else run.dominant[half:]
         run.weights = None if run.weights is None else run.weights[:, half:]
-        run.images, run.shape = half, sample.shape
+        run.images, run.shape, run.halves = half, sample.shape, 1
         run.rows.clear()
 
     def _step(self, run: Run, inputs: Inputs) -> Tensor:
@@ -218,7 +252,12 @@ class Denoiser:
         everyone = self._rows(run, step, tuple(range(len(step.slots))), inputs.sample.device)
         full = step.full or run.cache is None
         deep = everyone if full else self._deep_rows(run, step, inputs.sample.device)
-        noise, cache = self.batched.run(inputs, everyone, deep, run.cache)
+        self._check_halves(run, inputs.sample)
+        inputs.halves = run.halves
+        timesteps = run.timesteps[run.first : run.first + len(run.plan)]
+        noise, cache, run.conditions = self.batched.run(
+            inputs, everyone, deep, run.cache, run.conditions, timesteps, index
+        )
         run.cache = cache
         held = run.dominant if step.gated else step.early
         halves = 2 if getattr(self._pipe(), "do_classifier_free_guidance", False) and run.images % 2 == 0 else 1
@@ -262,13 +301,12 @@ class Denoiser:
         """Rows of some predictions, made once per run and kept."""
         key = (len(step.slots), *(step.slots[p] for p in predictions), *predictions)
         if key not in run.rows:
-            images = torch.arange(run.images, device=device).repeat(len(predictions))
             slots = torch.tensor([step.slots[p] for p in predictions], device=device).repeat_interleave(run.images)
-            if len(predictions) == len(step.slots):
-                run.rows[key] = Rows(slots)
-            else:
+            index = None
+            if len(predictions) < len(step.slots):
                 places = torch.tensor(predictions, device=device).repeat_interleave(run.images)
-                run.rows[key] = Rows(slots, places * run.images + images, images)
+                index = places * run.images + torch.arange(run.images, device=device).repeat(len(predictions))
+            run.rows[key] = Rows(slots, len(predictions), run.halves, run.images // run.halves, index)
         return run.rows[key]
 
     def _deep_rows(self, run: Run, step: Step, device: torch.device) -> Rows | None:
@@ -278,17 +316,12 @@ class Denoiser:
         if not step.refresh_dominant:
             return known
         assert run.dominant is not None
-        images = torch.arange(run.images, device=device)
-        chosen = Rows(run.dominant, run.dominant * run.images + images, images)
-        if known is None:
-            return chosen
-        assert known.index is not None
-        assert known.images is not None
-        return Rows(
-            torch.cat((chosen.slots, known.slots)),
-            torch.cat((run.dominant * run.images + images, known.index)),
-            torch.cat((images, known.images)),
-        )
+        slots = run.dominant
+        index = slots * run.images + torch.arange(run.images, device=device)
+        if known is not None:
+            assert known.index is not None
+            slots, index = torch.cat((slots, known.slots)), torch.cat((index, known.index))
+        return Rows(slots, step.full_predictions, run.halves, run.images // run.halves, index)
 
 
 def _with_base(weights: Tensor, step: Step) -> Tensor:

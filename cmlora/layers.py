@@ -6,10 +6,10 @@ the module tree, its names and its `state_dict` never change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cmlora.adapters import AdapterBank, LayerBank
@@ -17,14 +17,25 @@ from cmlora.errors import AdapterError, RunError
 from cmlora_kernels import multi_lora_add_, multi_lora_conv2d, multi_lora_linear
 
 
-@dataclass
 class RowSlots:
-    """The adapter slot of every row of the batch that is running; None outside a step.
+    """The adapter slot of every row of the batch that is running; none outside a step.
 
-    One object is shared by all layers of a model, so that a change of rows is one assignment.
+    One object is shared by all layers of a model, so that a change of rows is one assignment. A layer finds its slots
+    by the size of its batch: predictions x images, or with both guidance halves.
     """
 
-    slots: Tensor | None = None
+    def __init__(self) -> None:
+        self.by_count: dict[int, Tensor] | None = None
+
+    def find(self, count: int) -> Tensor:
+        """The slots of a batch of `count` rows."""
+        assert self.by_count is not None
+        if count not in self.by_count:
+            raise RunError(
+                f"a LoRA layer got a batch of {count} where the step has {max(self.by_count)} rows: an attention "
+                "processor that splits the batch cannot be combined with cmlora"
+            )
+        return self.by_count[count]
 
 
 class _MultiLora:
@@ -38,19 +49,13 @@ class _MultiLora:
         self.backend: Any = backend
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        slots = self.rows.slots
-        if slots is None:
+        if self.rows.by_count is None:
             plain: Tensor = type(self.layer).forward(self.layer, x, *args, **kwargs)
             return plain
         if self.bank is None:
             base: Tensor = self.base(x)
             return base
-        if x.shape[0] != slots.shape[0]:
-            raise RunError(
-                f"a LoRA layer got a batch of {x.shape[0]} where the step has {slots.shape[0]} rows: an attention "
-                "processor that splits the batch cannot be combined with cmlora"
-            )
-        return self.update(x.to(self.bank.a.dtype), slots, self.bank)
+        return self.update(x.to(self.bank.a.dtype), self.rows.find(x.shape[0]), self.bank)
 
     def update(self, x: Tensor, slots: Tensor, bank: LayerBank) -> Tensor:
         raise NotImplementedError
@@ -93,6 +98,73 @@ class MultiLoraConv2d(_MultiLora):
             dilation=base.dilation,
             backend=self.backend,
         )
+
+
+class StackedProjection:
+    """q, k and v of one x in one launch: their weights one below the other, an adapter per row."""
+
+    def __init__(self, layers: Sequence[Any], banks: Sequence[LayerBank | None], rows: RowSlots, backend: str) -> None:
+        bases = [layer.get_base_layer() for layer in layers]
+        self.weight = torch.cat([base.weight.detach() for base in bases])
+        self.bias = None if bases[0].bias is None else torch.cat([base.bias.detach() for base in bases])
+        self.bank = _stack_parts(banks)
+        self.rows = rows
+        self.backend: Any = backend
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [rows, tokens, in] -> [rows, tokens, 3 * out]."""
+        bank, slots = self.bank, self.rows.find(x.shape[0])
+        return multi_lora_linear(x, self.weight, self.bias, slots, bank.a, bank.b, bank.scales, backend=self.backend)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the copies."""
+        tensors = (self.weight, self.bias, self.bank.a, self.bank.b, self.bank.scales)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _stack_parts(banks: Sequence[LayerBank | None]) -> LayerBank:
+    """Banks of equally wide layers as one with a part per layer; what a layer lacks is zero."""
+    present = next(bank for bank in banks if bank is not None)
+    rank = max(bank.a.shape[1] for bank in banks if bank is not None)
+    slots, out, width = present.b.shape[0], present.b.shape[1], present.a.shape[2]
+    a = present.a.new_zeros(slots, len(banks), rank, width)
+    b = present.b.new_zeros(slots, len(banks), out, rank)
+    scales = present.scales.new_zeros(slots, len(banks))
+    for part, bank in enumerate(banks):
+        if bank is not None:
+            a[:, part, : bank.a.shape[1]] = bank.a
+            b[:, part, :, : bank.b.shape[2]] = bank.b
+            scales[:, part] = bank.scales[:, 0]
+    return LayerBank(a.flatten(1, 2), b.flatten(1, 2), scales)
+
+
+def stack_projections(model: nn.Module, rows: RowSlots, backend: str) -> dict[nn.Module, StackedProjection]:
+    """For every attention whose q, k and v are plain linear layers of one width, at least one with an adapter."""
+    stacked = {}
+    for module in model.modules():
+        layers = [getattr(module, name, None) for name in ("to_q", "to_k", "to_v")]
+        forwards = [f for f in map(_forward_of, layers) if isinstance(f, MultiLoraLinear)]
+        if len(forwards) < 3:
+            continue
+        bases = [forward.base for forward in forwards]
+        plain = all(_computes_plainly(base, nn.Linear) for base in bases)
+        alike = len({(base.weight.shape, base.weight.dtype, base.bias is None) for base in bases}) == 1
+        banks = [forward.bank for forward in forwards]
+        if plain and alike and any(bank is not None for bank in banks):
+            stacked[module] = StackedProjection(layers, banks, rows, backend)
+    return stacked
+
+
+def carries_adapter(module: nn.Module) -> bool:
+    """Whether an adapter of the batch changes any layer in `module`."""
+    forwards = map(_forward_of, module.modules())
+    return any(forward is not None and forward.bank is not None for forward in forwards)
+
+
+def _forward_of(layer: nn.Module | None) -> _MultiLora | None:
+    forward = None if layer is None else layer.__dict__.get("forward")
+    return forward if isinstance(forward, _MultiLora) else None
 
 
 def _computes_plainly(base: nn.Module, kind: type[nn.Module]) -> bool:

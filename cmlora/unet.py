@@ -7,6 +7,7 @@ the cut is the deep part, and the feature that comes up from it is what is cache
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils.torch_utils import apply_freeu
 from torch import Tensor, nn
 
+from cmlora import transformer
+from cmlora.conditions import Conditions, Inputs
 from cmlora.errors import ConfigError, UnsupportedModelError
-from cmlora.layers import RowSlots
+from cmlora.layers import RowSlots, StackedProjection
+from cmlora.rows import Rows, Shared, add, concat, lift, whole
 from cmlora_kernels import gather_concat, scatter_rows
 
 BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
@@ -44,71 +48,13 @@ class UpUnit:
     block: nn.Module
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of a step's batch of predictions x images.
-
-    Attributes:
-        slots: [n] adapter of every row.
-        index: [n] their places in the whole batch; None: all of it, in order.
-        images: [n] the pipeline's own rows that they belong to; None: all, once per prediction.
-    """
-
-    slots: Tensor
-    index: Tensor | None = None
-    images: Tensor | None = None
-
-
-@dataclass
-class Inputs:
-    """What the pipeline passes to the UNet, [images, ...]; names as in UNet2DConditionModel.forward."""
-
-    sample: Tensor
-    timestep: Tensor
-    encoder_hidden_states: Tensor
-    class_labels: Tensor | None = None
-    timestep_cond: Tensor | None = None
-    attention_mask: Tensor | None = None
-    cross_attention_kwargs: dict[str, Any] | None = None
-    added_cond_kwargs: dict[str, Any] | None = None
-    down_block_additional_residuals: Sequence[Tensor] | None = None
-    mid_block_additional_residual: Tensor | None = None
-    down_intrablock_additional_residuals: Sequence[Tensor] | None = None
-    encoder_attention_mask: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        # T2I-adapters were once passed as ControlNet residuals without a middle one; half of a pair is not used else
-        if self.mid_block_additional_residual is None or self.down_block_additional_residuals is None:
-            if self.down_intrablock_additional_residuals is None:
-                self.down_intrablock_additional_residuals = self.down_block_additional_residuals
-            self.down_block_additional_residuals = self.mid_block_additional_residual = None
-        for name in ("attention_mask", "encoder_attention_mask"):
-            mask = getattr(self, name)
-            if mask is not None:
-                setattr(self, name, ((1 - mask.to(self.sample.dtype)) * -10000.0).unsqueeze(1))
-
-
-@dataclass
-class Conditions:
-    """What every resnet and attention of some rows is given."""
-
-    emb: Tensor
-    attention: dict[str, Any]  # per row
-    kwargs: dict[str, Any] | None  # cross_attention_kwargs: for all rows
-
-    def select(self, index: Tensor) -> Conditions:
-        """The conditions of some rows."""
-        select = Select(index)
-        return Conditions(select(self.emb), select(self.attention), self.kwargs)
-
-
 class BatchedUNet:
-    """Runs steps of one UNet on batches of predictions x images.
+    """Runs steps of one UNet on batches of predictions x the pipeline's own rows.
 
     Args:
         unet: the pipeline's model; its modules are called, never changed.
         branch: (layer, block) of the skip connection at which the deep part begins; None: the last up block's input.
-        rows: where the LoRA layers read the slots of the running rows.
+        row_slots: where the LoRA layers read the slots of the running rows.
         backend: of the kernels.
 
     Raises:
@@ -117,18 +63,28 @@ class BatchedUNet:
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, branch: tuple[int, int] | None, rows: RowSlots, backend: Any
+        self, unet: UNet2DConditionModel, branch: tuple[int, int] | None, row_slots: RowSlots, backend: Any
     ) -> None:
         check_supported(unet)
         self.unet = unet
-        self.rows = rows
+        self.row_slots = row_slots
         self.backend = backend
+        self.stacked: dict[nn.Module, StackedProjection] = {}
         down, up = down_units(unet), up_units(unet)
         cut = _cut(unet, branch)
         self.shallow_down, self.deep_down = down[:cut], down[cut:]
         self.deep_up, self.shallow_up = up[: len(up) - cut - 1], up[len(up) - cut - 1 :]
 
-    def run(self, inputs: Inputs, everyone: Rows, deep: Rows | None, cache: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run(
+        self,
+        inputs: Inputs,
+        everyone: Rows,
+        deep: Rows | None,
+        cache: Tensor | None,
+        conditions: Conditions | None,
+        timesteps: Tensor,
+        step: int,
+    ) -> tuple[Tensor, Tensor, Conditions]:
         """One step.
 
         Args:
@@ -136,203 +92,213 @@ class BatchedUNet:
             everyone: all rows, prediction-major.
             deep: the rows that run the deep part; None: none, the cache serves all.
             cache: [rows, ...] cached features, refreshed in place; None in a run's first step.
+            conditions: of the step before, used again while they hold.
+            timesteps: of the whole run; step: the position among them.
 
         Returns:
-            Noise predictions [rows, channels, height, width], and the cache.
+            Noise predictions [rows, channels, height, width], the cache and the conditions.
         """
         try:
-            self.rows.slots = everyone.slots
-            hidden, conditions = self._begin(inputs, everyone)
-            skips = self._down(self.shallow_down, inputs, everyone, hidden, conditions)
-            residuals = inputs.down_block_additional_residuals
+            self.row_slots.by_count = everyone.by_count
+            if conditions is None or not conditions.hold(inputs):
+                conditions = Conditions(self.unet, inputs, timesteps, self.row_slots, self.stacked)
+            now = Pass(self, inputs, conditions, everyone, everyone, step)
+            hidden = now.begin()
+            skips = now.down(self.shallow_down, hidden)
             hidden = skips[-1]
-            skips = _add_residuals(skips, residuals[: len(skips)] if residuals else None, everyone)
+            residuals = inputs.down_block_additional_residuals
+            skips = now.add_residuals(skips, residuals[: len(skips)] if residuals else None)
             if deep is not None:
-                self.rows.slots = deep.slots
-                feature = self._deep(inputs, deep, hidden, skips, conditions)
-                cache = self._refresh(cache, feature, deep)
-                self.rows.slots = everyone.slots
+                self.row_slots.by_count = deep.by_count
+                feature = Pass(self, inputs, conditions, deep, everyone, step).deep(hidden, skips[-1])
+                if deep.index is None or cache is None:
+                    cache = feature
+                else:
+                    scatter_rows(cache, feature, deep.index, backend=self.backend)
+                self.row_slots.by_count = everyone.by_count
             assert cache is not None  # the first step of a run is full
-            hidden = self._up(self.shallow_up, cache, skips, conditions, self._upsample(inputs.sample), boundary=True)
-            return self._end(hidden), cache
+            hidden = now.up(self.shallow_up, Shared(cache, True, True), skips, cached=True)
+            return now.end(hidden), cache, conditions
         finally:
-            self.rows.slots = None
+            self.row_slots.by_count = None
 
-    def _refresh(self, cache: Tensor | None, feature: Tensor, deep: Rows) -> Tensor:
-        if deep.index is None or cache is None:
-            return feature
-        scatter_rows(cache, feature, deep.index, backend=self.backend)
-        return cache
 
-    def _begin(self, inputs: Inputs, rows: Rows) -> tuple[Tensor, Conditions]:
-        """Embeddings, conditions and conv_in, as the first part of UNet2DConditionModel.forward has them."""
-        unet, spread = self.unet, Spread(inputs.sample.shape[0], rows)
-        sample = spread(inputs.sample)
-        if unet.config.center_input_sample:
-            sample = 2 * sample - 1.0
-        added = spread(inputs.added_cond_kwargs)
-        context = spread(inputs.encoder_hidden_states)
-        timestep = inputs.timestep
-        if timestep.ndim == 1 and timestep.shape[0] == inputs.sample.shape[0]:
-            timestep = spread(timestep)
-        emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), spread(inputs.timestep_cond))
-        class_emb = unet.get_class_embed(sample=sample, class_labels=spread(inputs.class_labels))
-        if class_emb is not None:
-            emb = torch.cat([emb, class_emb], dim=-1) if unet.config.class_embeddings_concat else emb + class_emb
-        aug_emb = unet.get_aug_embed(emb=emb, encoder_hidden_states=context, added_cond_kwargs=added)
-        emb = emb if aug_emb is None else emb + aug_emb
-        if unet.time_embed_act is not None:
-            emb = unet.time_embed_act(emb)
-        attention = {
-            "encoder_hidden_states": unet.process_encoder_hidden_states(context, added),
-            "attention_mask": spread(inputs.attention_mask),
-            "encoder_attention_mask": spread(inputs.encoder_attention_mask),
-        }
-        return unet.conv_in(sample), Conditions(emb, attention, inputs.cross_attention_kwargs)
+class Pass:
+    """Some rows on their way through the UNet in one step."""
 
-    def _end(self, hidden: Tensor) -> Tensor:
-        unet = self.unet
+    def __init__(
+        self, batched: BatchedUNet, inputs: Inputs, conditions: Conditions, rows: Rows, everyone: Rows, step: int
+    ) -> None:
+        self.unet = batched.unet
+        self.batched = batched
+        self.inputs = inputs
+        self.conditions = conditions
+        self.rows = rows
+        self.everyone = everyone
+        self.step = step
+        factor = 2**self.unet.num_upsamplers
+        # upsamplers must be told their size where a side is no multiple of the whole upsampling factor
+        self.tell_size = any(side % factor for side in inputs.sample.shape[-2:])
+
+    def begin(self) -> Shared:
+        """The latents behind conv_in."""
+        unet, inputs = self.unet, self.inputs
+        sample = inputs.sample[: self.rows.images]  # the halves, where there are several, are alike
+        sample = 2 * sample - 1.0 if unet.config.center_input_sample else sample
+        x = self._lifted(unet.conv_in, Shared(sample, False, False))
+        return Shared(unet.conv_in(x.value), x.by_prediction, x.by_half)
+
+    def end(self, x: Shared) -> Tensor:
+        """Noise of all rows."""
+        unet, hidden = self.unet, whole(x, self.rows)
         if unet.conv_norm_out:
             hidden = unet.conv_act(unet.conv_norm_out(hidden))
         noise: Tensor = unet.conv_out(hidden)
         return noise
 
-    def _down(
-        self, units: Sequence[DownUnit], inputs: Inputs, rows: Rows, hidden: Tensor, conditions: Conditions
-    ) -> list[Tensor]:
+    def down(self, units: Sequence[DownUnit], x: Shared) -> list[Shared]:
         """The units' outputs, the first entry being what goes in."""
-        skips = [hidden]
-        intrablock = inputs.down_intrablock_additional_residuals or ()
+        skips = [x]
+        intrablock = self.inputs.down_intrablock_additional_residuals or ()
         for unit in units:
             if unit.downsampler is not None:
-                hidden = unit.downsampler(hidden)
+                x = self._lifted(unit.downsampler, x)
+                x = Shared(unit.downsampler(x.value), x.by_prediction, x.by_half)
             else:
-                assert unit.resnet is not None
-                hidden = _layer(unit.resnet, unit.attention, hidden, conditions)
+                x = self._layer(unit.resnet, unit.attention, x)
             if unit.block is not None and unit.block < len(intrablock):
-                hidden = _add(hidden, intrablock[unit.block], rows)
-            skips.append(hidden)
+                x = self._add_own(x, intrablock[unit.block])
+            skips.append(x)
         return skips
 
-    def _deep(
-        self, inputs: Inputs, deep: Rows, hidden: Tensor, shallow_skips: list[Tensor], conditions: Conditions
-    ) -> Tensor:
-        """Everything below the cut, for the rows that are refreshed."""
-        unet = self.unet
-        if deep.index is not None:
-            hidden, conditions = hidden.index_select(0, deep.index), conditions.select(deep.index)
-        skips = self._down(self.deep_down, inputs, deep, hidden, conditions)
-        hidden = skips[-1]
-        residuals, skips = inputs.down_block_additional_residuals, skips[1:]
-        skips = _add_residuals(skips, residuals[len(self.shallow_down) + 1 :] if residuals else None, deep)
-        if unet.mid_block is not None:
-            if getattr(unet.mid_block, "has_cross_attention", False):
-                hidden = unet.mid_block(
-                    hidden, conditions.emb, **conditions.attention, cross_attention_kwargs=conditions.kwargs
-                )
-            else:
-                hidden = unet.mid_block(hidden, conditions.emb)
-            intrablock = inputs.down_intrablock_additional_residuals or ()
-            rest = intrablock[len(unet.down_blocks) :]
-            if rest and rest[0].shape[1:] == hidden.shape[1:]:
-                hidden = _add(hidden, rest[0], deep)
+    def deep(self, x: Shared, above: Shared) -> Tensor:
+        """Everything below the cut; `above` is the last skip connection over it."""
+        if self.rows.index is not None and x.by_prediction:
+            x = Shared(whole(x, self.everyone).index_select(0, self.rows.index), True, True)
+        batched, inputs = self.batched, self.inputs
+        skips = self.down(batched.deep_down, x)
+        x = skips[-1]
+        residuals = inputs.down_block_additional_residuals
+        skips = self.add_residuals(skips[1:], residuals[len(batched.shallow_down) + 1 :] if residuals else None)
+        if self.unet.mid_block is not None:
+            x = self._middle(self.unet.mid_block, x)
         if inputs.mid_block_additional_residual is not None:
-            hidden = _add(hidden, inputs.mid_block_additional_residual, deep)
+            x = self._add_own(x, inputs.mid_block_additional_residual)
         # the last upsampler below the cut takes its size from the skip connection above it
-        above = shallow_skips[-1:] if self._upsample(inputs.sample) else []
-        return self._up(self.deep_up, hidden, skips, conditions, bool(above), above=above)
+        return whole(self.up(batched.deep_up, x, [above, *skips]), self.rows)
 
-    def _up(
-        self,
-        units: Sequence[UpUnit],
-        hidden: Tensor,
-        skips: list[Tensor],
-        conditions: Conditions,
-        forward_size: bool,
-        *,
-        above: Sequence[Tensor] = (),
-        boundary: bool = False,
-    ) -> Tensor:
-        skips = [*above, *skips]
+    def _middle(self, block: Any, x: Shared) -> Shared:
+        attentions = getattr(block, "attentions", None) or [None] * (len(block.resnets) - 1)
+        x = self._resnet(block.resnets[0], x)
+        for attention, resnet in zip(attentions, block.resnets[1:], strict=True):
+            x = x if attention is None else self._attention(attention, x)
+            x = self._resnet(resnet, x)
+        rest = (self.inputs.down_intrablock_additional_residuals or ())[len(self.unet.down_blocks) :]
+        if rest and rest[0].shape[1:] == x.value.shape[1:]:
+            x = self._add_own(x, rest[0])
+        return x
+
+    def up(self, units: Sequence[UpUnit], x: Shared, skips: list[Shared], *, cached: bool = False) -> Shared:
+        """Through the units, each with its skip connection; `cached`: x is the cache and must not be written."""
+        skips = list(skips)
         for i, unit in enumerate(units):
             skip = skips.pop()
+            hidden = whole(x, self.rows)
             if _freeu(unit.block):
-                block: Any = unit.block
-                hidden = hidden.clone() if boundary and i == 0 else hidden  # FreeU writes into what may be the cache
-                hidden, skip = apply_freeu(
-                    block.resolution_idx, hidden, skip, s1=block.s1, s2=block.s2, b1=block.b1, b2=block.b2
-                )
-                hidden = torch.cat([hidden, skip], dim=1)
-            elif boundary and i == 0:
-                hidden = gather_concat(hidden, skip, backend=self.backend)
+                hidden = torch.cat(self._freeu(unit.block, hidden.clone(), whole(skip, self.rows)), dim=1)
+            elif cached and i == 0 and skip.value.shape[0] == hidden.shape[0]:
+                hidden = gather_concat(hidden, skip.value, backend=self.batched.backend)
             else:
-                hidden = torch.cat([hidden, skip], dim=1)
-            hidden = _layer(unit.resnet, unit.attention, hidden, conditions)
+                hidden = concat(hidden, skip, self.rows)
+            x = self._layer(unit.resnet, unit.attention, Shared(hidden, True, True))
             if unit.upsampler is not None:
-                hidden = unit.upsampler(hidden, skips[-1].shape[2:] if forward_size and skips else None)
-        return hidden
+                size = skips[-1].value.shape[2:] if self.tell_size and skips else None
+                x = Shared(unit.upsampler(x.value, size), True, True)
+        return x
 
-    def _upsample(self, sample: Tensor) -> bool:
-        """Whether upsamplers must be told their size: a side is no multiple of the whole upsampling factor."""
-        factor = 2**self.unet.num_upsamplers
-        return any(side % factor for side in sample.shape[-2:])
+    def _freeu(self, block: Any, hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        changed: tuple[Tensor, Tensor] = apply_freeu(
+            block.resolution_idx, hidden, skip, s1=block.s1, s2=block.s2, b1=block.b1, b2=block.b2
+        )
+        return changed
 
+    def _layer(self, resnet: Any, attention: Any, x: Shared) -> Shared:
+        x = self._resnet(resnet, x)
+        return x if attention is None else self._attention(attention, x)
 
-class Spread:
-    """Repeats tensors [images, ...], alone or nested, over the predictions of all rows."""
+    def _resnet(self, module: Any, x: Shared) -> Shared:
+        if self.conditions.has_time_bias(module):
+            return transformer.resnet(module, x, self.conditions, self.step, self.rows)
+        return Shared(module(whole(x, self.rows), self._embedding), True, True)
 
-    def __init__(self, images: int, rows: Rows) -> None:
-        self.copies = rows.slots.shape[0] // images
+    def _attention(self, module: Any, x: Shared) -> Shared:
+        if module in self.conditions.plain:
+            return transformer.transformer(module, x, self.conditions, self.rows, self.everyone)
+        attended = module(
+            whole(x, self.rows), **self._prompt, cross_attention_kwargs=self.conditions.kwargs, return_dict=False
+        )
+        return Shared(attended[0], True, True)
 
-    def __call__(self, value: Any) -> Any:
+    @functools.cached_property
+    def _prompt(self) -> dict[str, Any]:
+        """What a transformer that is called as it is gets of the conditions, for all rows."""
+        unet, inputs = self.unet, self.inputs
+        context = unet.process_encoder_hidden_states(
+            self._spread(inputs.encoder_hidden_states), self._spread(inputs.added_cond_kwargs)
+        )
+        return {
+            "encoder_hidden_states": context,
+            "attention_mask": self._spread(inputs.bias(inputs.attention_mask)),
+            "encoder_attention_mask": self._spread(inputs.bias(inputs.encoder_attention_mask)),
+        }
+
+    @functools.cached_property
+    def _embedding(self) -> Tensor:
+        """[rows, width] embedding of the step, for resnets that are called as they are."""
+        if self.conditions.table is not None:
+            return whole(Shared(self._own(self.conditions.table[self.step]), False, True), self.rows)
+        unet, inputs, spread = self.unet, self.inputs, self._spread
+        sample = self.rows.slots.new_empty(self.rows.slots.shape[0], dtype=inputs.sample.dtype)
+        timestep = spread(inputs.timestep) if inputs.timestep.numel() == self.rows.own else inputs.timestep
+        emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), spread(inputs.timestep_cond))
+        class_emb = unet.get_class_embed(sample=sample, class_labels=spread(inputs.class_labels))
+        if class_emb is not None:
+            emb = torch.cat([emb, class_emb], dim=-1) if unet.config.class_embeddings_concat else emb + class_emb
+        aug_emb = unet.get_aug_embed(
+            emb=emb,
+            encoder_hidden_states=spread(inputs.encoder_hidden_states),
+            added_cond_kwargs=spread(inputs.added_cond_kwargs),
+        )
+        emb = emb if aug_emb is None else emb + aug_emb
+        embedding: Tensor = emb if unet.time_embed_act is None else unet.time_embed_act(emb)
+        return embedding
+
+    def _own(self, x: Tensor) -> Tensor:
+        return x.expand(self.rows.own, *x.shape[1:]) if x.shape[0] == 1 else x
+
+    def _spread(self, value: Any) -> Any:
+        """Repeat tensors [own rows, ...], alone or nested, over the predictions."""
         if isinstance(value, Tensor):
-            return value if self.copies == 1 else value.repeat(self.copies, *(1 for _ in value.shape[1:]))
-        return _nested(self, value)
+            return whole(Shared(value, False, True), self.rows)
+        if isinstance(value, dict):
+            return {k: self._spread(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._spread(v) for v in value)
+        return value
 
+    def _lifted(self, module: nn.Module, x: Shared) -> Shared:
+        """`x` with a row per prediction if an adapter changes the module."""
+        return lift(x, self.rows, by_prediction=True) if module in self.conditions.carrying else x
 
-class Select:
-    """Takes some rows of tensors [rows, ...], alone or nested."""
+    def _add_own(self, x: Shared, residual: Tensor) -> Shared:
+        """Add a residual [own rows, ...], or [1, ...] for all."""
+        return add(x, Shared(self._own(residual), False, True), self.rows)
 
-    def __init__(self, index: Tensor) -> None:
-        self.index = index
-
-    def __call__(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.index_select(0, self.index)
-        return _nested(self, value)
-
-
-def _nested(function: Any, value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: function(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(function(v) for v in value)
-    return value
-
-
-def _layer(resnet: nn.Module, attention: nn.Module | None, hidden: Tensor, conditions: Conditions) -> Tensor:
-    hidden = resnet(hidden, conditions.emb)
-    if attention is None:
-        return hidden
-    attended: Tensor = attention(
-        hidden, **conditions.attention, cross_attention_kwargs=conditions.kwargs, return_dict=False
-    )[0]
-    return attended
-
-
-def _add(hidden: Tensor, residual: Tensor, rows: Rows) -> Tensor:
-    """Add a residual [images, ...] to some rows."""
-    if residual.shape[0] == 1:
-        return hidden + residual
-    if rows.images is not None:
-        return hidden + residual.index_select(0, rows.images)
-    return (hidden.view(-1, *residual.shape) + residual).flatten(0, 1)
-
-
-def _add_residuals(skips: list[Tensor], residuals: Sequence[Tensor] | None, rows: Rows) -> list[Tensor]:
-    if residuals is None:
-        return skips
-    return [_add(skip, residual, rows) for skip, residual in zip(skips, residuals, strict=False)]
+    def add_residuals(self, skips: list[Shared], residuals: Sequence[Tensor] | None) -> list[Shared]:
+        """Add ControlNet's residuals to skip connections."""
+        if residuals is None:
+            return skips
+        return [self._add_own(skip, residual) for skip, residual in zip(skips, residuals, strict=False)]
 
 
 def _freeu(block: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.callbacks import SDCFGCutoffCallback
-from models import EVERYTHING, add_lora, call, embeddings, relative, sd_pipe, sd_unet
+from models import EVERYTHING, add_lora, call, embeddings, relative, sd_pipe
 from test_conditions import EXACT, Loop, with_loras
 
 import cmlora
@@ -73,12 +73,14 @@ def refused(pipe, kind, *parts, **settings):
 )
 def test_a_field_out_of_range_names_itself(field, values):
     for value in values:
-        with pytest.raises(cmlora.ConfigError, match=rf"^{field} must .*, got {re.escape(repr(value))[:20]}|^{field} must name"):
+        with pytest.raises(
+            cmlora.ConfigError, match=rf"^{field} must .*, got {re.escape(repr(value))[:20]}|^{field} must name"
+        ):
             cmlora.CMLoRAConfig(**{field: value})
 
 
 def test_contradictions_and_unknown_fields(sd):
-    with pytest.raises(cmlora.ConfigError, match="high and low must not share .* a "):
+    with pytest.raises(cmlora.ConfigError, match=r"high and low must not share .* a "):
         cmlora.CMLoRAConfig(high=["a"], low=["a"])
     refused(sd, cmlora.ConfigError, "interval is no field", "cache_interval", interval=2)
     refused(sd, cmlora.ConfigError, "config must be a CMLoRAConfig", "dict", config={"method": "merge"})
@@ -145,7 +147,7 @@ def with_loras_on_attention(pipe):
 
 def test_pipeline_without_unet():
     flux = SimpleNamespace(transformer=torch.nn.Linear(2, 2))
-    with pytest.raises(cmlora.UnsupportedModelError, match="has no unet.*StableDiffusionXLPipeline"):
+    with pytest.raises(cmlora.UnsupportedModelError, match=r"has no unet.*StableDiffusionXLPipeline"):
         cmlora.accelerate(flux)
     assert cmlora.restore(flux) is flux
     with pytest.raises(cmlora.CMLoRAError, match="not accelerated"):
@@ -163,7 +165,9 @@ def test_kandinsky_blocks():
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
     )
-    with pytest.raises(cmlora.UnsupportedModelError, match=r"ResnetDownsampleBlock2D.*supported are CrossAttnDownBlock2D"):
+    with pytest.raises(
+        cmlora.UnsupportedModelError, match=r"ResnetDownsampleBlock2D.*supported are CrossAttnDownBlock2D"
+    ):
         cmlora.accelerate(SimpleNamespace(unet=unet))
     assert "forward" not in unet.__dict__
 
@@ -194,7 +198,7 @@ def test_unet_called_once_per_guidance_half(sd):
     sd.scheduler.set_timesteps(4)
     t = sd.scheduler.timesteps[0]
     sd.unet(given["latents"], t, given["prompt_embeds"])
-    with pytest.raises(cmlora.RunError, match="called twice for one timestep.*one call per step"):
+    with pytest.raises(cmlora.RunError, match=r"called twice for one timestep.*one call per step"):
         sd.unet(given["latents"], t, given["negative_prompt_embeds"])
     assert relative(call(sd, 2), want) < EXACT
 

@@ -1,0 +1,93 @@
+"""Rows of a step's batch, and tensors that are still the same for some of them.
+
+A batch is predictions x guidance halves x images, in this order. Before the first LoRA layer all predictions of an
+image compute the same, and before the first cross-attention so do both guidance halves where they start from the same
+latents. A `Shared` tensor has rows only for what differs already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a batch, or some of them in whole groups of the pipeline's own rows.
+
+    Attributes:
+        slots: [predictions * halves * images] adapter of every row; -1 is the base model.
+        predictions, halves, images: what the rows are made of; halves is 1 where they are not known to start alike.
+        index: their places in the whole batch; None: all of it, in order.
+    """
+
+    slots: Tensor
+    predictions: int
+    halves: int
+    images: int
+    index: Tensor | None = None
+    by_count: dict[int, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        grid = self.slots.view(self.predictions, self.halves, self.images)
+        by_count = {grid.shape[0] * grid.shape[2]: grid[:, 0].reshape(-1), grid.numel(): self.slots}
+        object.__setattr__(self, "by_count", by_count)
+
+    @property
+    def own(self) -> int:
+        """Rows of the pipeline's own batch."""
+        return self.halves * self.images
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A tensor with rows per image, and per prediction and per guidance half where these differ.
+
+    Attributes:
+        value: [(predictions) * (halves) * images, ...].
+        by_prediction, by_half: whether it has rows of their own for them.
+    """
+
+    value: Tensor
+    by_prediction: bool
+    by_half: bool
+
+
+def grid(x: Shared, rows: Rows) -> Tensor:
+    """[predictions or 1, halves or 1, images, ...]; a view."""
+    p = rows.predictions if x.by_prediction else 1
+    q = rows.halves if x.by_half else 1
+    return x.value.view(p, q, rows.images, *x.value.shape[1:])
+
+
+def lift(x: Shared, rows: Rows, *, by_prediction: bool = False, by_half: bool = False) -> Shared:
+    """Give `x` rows of its own for every prediction, every half, where asked for."""
+    p, q = x.by_prediction or by_prediction, x.by_half or by_half
+    if (p and not x.by_prediction and rows.predictions > 1) or (q and not x.by_half and rows.halves > 1):
+        shape = (rows.predictions if p else 1, rows.halves if q else 1, rows.images, *x.value.shape[1:])
+        return Shared(grid(x, rows).expand(shape).reshape(-1, *x.value.shape[1:]), p, q)
+    return Shared(x.value, p, q)
+
+
+def whole(x: Shared, rows: Rows) -> Tensor:
+    """`x` with all its rows."""
+    return lift(x, rows, by_prediction=True, by_half=True).value
+
+
+def add(x: Shared, y: Shared, rows: Rows) -> Shared:
+    """The sum, with rows for what differs in either."""
+    p, q = x.by_prediction or y.by_prediction, x.by_half or y.by_half
+    if x.value.shape[0] == y.value.shape[0]:
+        return Shared(x.value + y.value, p, q)
+    return Shared((grid(x, rows) + grid(y, rows)).flatten(0, 2), p, q)
+
+
+def concat(x: Tensor, y: Shared, rows: Rows) -> Tensor:
+    """x [all rows, channels, ...] and y over channels, y's rows repeated in passing."""
+    if x.shape[0] == y.value.shape[0]:
+        return torch.cat([x, y.value], 1)
+    left = x.view(rows.predictions, rows.halves, rows.images, *x.shape[1:])
+    right = grid(y, rows).expand(*left.shape[:3], *y.value.shape[1:])
+    return torch.cat([left, right], 3).flatten(0, 2)
