@@ -275,10 +275,10 @@ def test_sdxl_controlnet():
     unet = sdxl_unet()
     pipe = with_loras(sdxl_pipe(unet, kind=diffusers.StableDiffusionXLControlNetPipeline, controlnet=controlnet(unet)))
     image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
-    composite_equals_loop(pipe, lambda p: call(p, 3, image=image))
+    composite_equals_loop(pipe, lambda p: call(p, 2, image=image))
 
 
-@pytest.mark.parametrize("branch", [(0, 1), (1, 1), (2, 1)], ids=str)
+@pytest.mark.parametrize("branch", [(0, 1), (2, 1)], ids=str)
 def test_t2i_adapter_residuals(branch):
     torch.manual_seed(0)
     unet = sd_unet()
@@ -287,8 +287,8 @@ def test_t2i_adapter_residuals(branch):
     )
     pipe = with_loras(sd_pipe(unet, kind=diffusers.StableDiffusionAdapterPipeline, adapter=adapter))
     image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
-    want = composite_equals_loop(pipe, lambda p: call(p, 3, image=image), branch=branch)
-    assert relative(call(pipe, 3, image=image, adapter_conditioning_scale=0.0), want) > 100 * EXACT
+    want = composite_equals_loop(pipe, lambda p: call(p, 2, image=image), branch=branch)
+    assert relative(call(pipe, 2, image=image, adapter_conditioning_scale=0.0), want) > 100 * EXACT
 
 
 def test_sdxl_t2i_adapter():
@@ -378,16 +378,16 @@ def test_inpainting_unet_with_nine_channels():
 
 def test_denoising_end_then_a_longer_loop(sdxl):
     given = embeddings(sdxl)
-    composite_equals_loop(sdxl, lambda p: call(p, 10, given=given, denoising_end=0.5))
+    composite_equals_loop(sdxl, lambda p: call(p, 6, given=given, denoising_end=0.5))
     with cmlora.accelerated(sdxl, method="composite"):
-        call(sdxl, 10, given=given, denoising_end=0.5)
-        assert len(cmlora.summary(sdxl).steps) == 5
+        call(sdxl, 6, given=given, denoising_end=0.5)
+        assert len(cmlora.summary(sdxl).steps) == 3
         # another pipeline on the same UNet, of which sdxl knows nothing
         other = diffusers.StableDiffusionXLPipeline.from_pipe(sdxl)
         other.set_progress_bar_config(disable=True)
-        got = call(other, 10, given=given)
+        got = call(other, 6, given=given)
     with Loop(sdxl.unet, 2):
-        assert relative(got, call(sdxl, 10, given=given)) < EXACT
+        assert relative(got, call(sdxl, 6, given=given)) < EXACT
 
 
 def test_callback_and_interrupt_leave_nothing_behind(small):
