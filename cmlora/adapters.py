@@ -184,6 +184,12 @@ def _check(name: str, layer: BaseTunerLayer, names: Sequence[str], here: Sequenc
             raise AdapterError(
                 f"{name}: adapter {adapter!r} is a DoRA or another LoRA variant, which cannot be batched"
             )
+        down = layer.lora_A[adapter]
+        if hasattr(down, "_hf_hook") and down.weight.is_meta:
+            raise AdapterError(
+                f"{name}: weights that are offloaded layer by layer (on the meta device between calls) cannot be "
+                "stacked; use pipe.enable_model_cpu_offload() instead of enable_sequential_cpu_offload()"
+            )
         if layer.lora_bias.get(adapter):
             raise AdapterError(f"{name}: adapter {adapter!r} has a LoRA bias, which cannot be batched")
     if here and not isinstance(layer, PeftLinear | PeftConv2d):

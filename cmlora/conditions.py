@@ -18,7 +18,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from cmlora.layers import RowSlots, StackedProjection, carries_adapter
+from cmlora.layers import RowSlots, StackedProjection, carries_adapter, unhooked
 from cmlora.rows import Rows, Shared, whole
 
 
@@ -98,6 +98,7 @@ class Conditions:
         plain = plain and unet.encoder_hid_proj is None
         self.plain = {m for m in unet.modules() if plain and _plain_transformer(m)}
         self.plain |= {m for m in unet.modules() if _plain_resnet(m)}
+        self.plain |= {unet.mid_block} if unet.mid_block is not None and unhooked(unet.mid_block) else set()
         self._keys_values: dict[tuple[nn.Module, Rows], Tensor] = {}
         self._time: dict[nn.Module, Tensor] = {}
         self.table = self._time_table(inputs, timesteps)
@@ -172,15 +173,11 @@ def _tensors(values: Any) -> Any:
             yield from _tensors(value)
 
 
-def _unhooked(module: nn.Module) -> bool:
-    return "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
-
-
 def _plain_attention(attention: Any) -> bool:
     return (
         type(attention) is Attention
         and type(attention.processor) is AttnProcessor2_0
-        and _unhooked(attention)
+        and unhooked(attention)
         and attention.rescale_output_factor == 1
         and not attention.residual_connection
         and not any(
@@ -192,11 +189,11 @@ def _plain_attention(attention: Any) -> bool:
 
 def _plain_transformer(module: Any) -> bool:
     """Whether `transformer.py` computes exactly what this module's forward does."""
-    if type(module) is not Transformer2DModel or not module.is_input_continuous or not _unhooked(module):
+    if type(module) is not Transformer2DModel or not module.is_input_continuous or not unhooked(module):
         return False
     return all(
         type(block) is BasicTransformerBlock
-        and _unhooked(block)
+        and unhooked(block)
         and block.norm_type == "layer_norm"
         and block.pos_embed is None
         and not block.only_cross_attention
@@ -211,7 +208,7 @@ def _plain_transformer(module: Any) -> bool:
 def _plain_resnet(module: Any) -> bool:
     return (
         type(module) is ResnetBlock2D
-        and _unhooked(module)
+        and unhooked(module)
         and module.time_embedding_norm == "default"
         and module.time_emb_proj is not None
         and module.upsample is None

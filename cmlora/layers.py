@@ -145,7 +145,7 @@ def stack_projections(model: nn.Module, rows: RowSlots, backend: str) -> dict[nn
     for module in model.modules():
         layers = [getattr(module, name, None) for name in ("to_q", "to_k", "to_v")]
         forwards = [f for f in map(_forward_of, layers) if isinstance(f, MultiLoraLinear)]
-        if len(forwards) < 3:
+        if len(forwards) < 3 or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
             continue
         bases = [forward.base for forward in forwards]
         plain = all(_computes_plainly(base, nn.Linear) for base in bases)
@@ -167,14 +167,14 @@ def _forward_of(layer: nn.Module | None) -> _MultiLora | None:
     return forward if isinstance(forward, _MultiLora) else None
 
 
+def unhooked(module: nn.Module) -> bool:
+    """Whether calling a module is calling its class's forward: no hook of offload, layerwise casting or a user."""
+    return "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
+
+
 def _computes_plainly(base: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a base layer is nothing but its weight: not quantised, no hook (offload, layerwise casting) around it."""
-    return (
-        type(base) is kind
-        and "forward" not in base.__dict__
-        and not base._forward_pre_hooks
-        and not base._forward_hooks
-    )
+    """Whether a base layer is nothing but its weight: not quantised, nothing around it."""
+    return type(base) is kind and unhooked(base)
 
 
 def install(bank: AdapterBank, rows: RowSlots, backend: str) -> None:

@@ -188,11 +188,18 @@ class Pass:
         return whole(self.up(batched.deep_up, x, [above, *skips]), self.rows)
 
     def _middle(self, block: Any, x: Shared) -> Shared:
+        if block not in self.conditions.plain:  # a user's hook sits on it
+            attending = getattr(block, "has_cross_attention", False)
+            context = self._prompt | {"cross_attention_kwargs": self.conditions.kwargs} if attending else {}
+            return self._middle_t2i(Shared(block(whole(x, self.rows), self._embedding, **context), True, True))
         attentions = getattr(block, "attentions", None) or [None] * (len(block.resnets) - 1)
         x = self._resnet(block.resnets[0], x)
         for attention, resnet in zip(attentions, block.resnets[1:], strict=True):
             x = x if attention is None else self._attention(attention, x)
             x = self._resnet(resnet, x)
+        return self._middle_t2i(x)
+
+    def _middle_t2i(self, x: Shared) -> Shared:
         rest = (self.inputs.down_intrablock_additional_residuals or ())[len(self.unet.down_blocks) :]
         if rest and rest[0].shape[1:] == x.value.shape[1:]:
             x = self._add_own(x, rest[0])

@@ -5,23 +5,25 @@ from __future__ import annotations
 import re
 from types import SimpleNamespace
 
+import accelerate
 import peft
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.callbacks import SDCFGCutoffCallback
-from models import EVERYTHING, add_lora, call, embeddings, relative, sd_pipe
-from test_conditions import EXACT, Loop, with_loras
+from peft.utils.hotswap import hotswap_adapter_from_state_dict
 
 import cmlora
+from tests.adapter.test_conditions import EXACT, Loop, small_unet, with_loras
+from tests.models import EVERYTHING, add_lora, call, embeddings, relative, sd_pipe
 
 SEVERAL = ("composite", "cmlora")
 
 
 @pytest.fixture
 def sd():
-    return with_loras(sd_pipe())
+    return with_loras(sd_pipe(small_unet()))
 
 
 def loop(pipe, run, interval=2, **settings):
@@ -73,9 +75,8 @@ def refused(pipe, kind, *parts, **settings):
 )
 def test_a_field_out_of_range_names_itself(field, values):
     for value in values:
-        with pytest.raises(
-            cmlora.ConfigError, match=rf"^{field} must .*, got {re.escape(repr(value))[:20]}|^{field} must name"
-        ):
+        came = re.escape(repr(value))
+        with pytest.raises(cmlora.ConfigError, match=rf"^{field} must .*got ({came}|a more than once)$"):
             cmlora.CMLoRAConfig(**{field: value})
 
 
@@ -85,7 +86,7 @@ def test_contradictions_and_unknown_fields(sd):
     refused(sd, cmlora.ConfigError, "interval is no field", "cache_interval", interval=2)
     refused(sd, cmlora.ConfigError, "config must be a CMLoRAConfig", "dict", config={"method": "merge"})
     refused(sd, cmlora.ConfigError, "high names z", "a, b", high=["z"])
-    refused(sd, cmlora.ConfigError, "cache_branch must", "(0, 0..1)", "(7, 0)", cache_branch=(7, 0))
+    refused(sd, cmlora.ConfigError, "cache_branch must", "(1, 0..0)", "(7, 0)", cache_branch=(7, 0))
 
 
 def test_interval_longer_than_the_run_refreshes_once(sd):
@@ -108,7 +109,7 @@ def test_one_adapter_where_two_are_needed(sd, method):
 
 
 def test_no_adapter_at_all():
-    refused(sd_pipe(), cmlora.AdapterError, "no LoRA layer", "load_lora_weights")
+    refused(sd_pipe(small_unet()), cmlora.AdapterError, "no LoRA layer", "load_lora_weights")
 
 
 def test_fused(sd):
@@ -129,7 +130,7 @@ def test_dora(sd):
 @pytest.mark.parametrize("kind", [peft.LoHaConfig, peft.LoKrConfig])
 @pytest.mark.parametrize("method", ["composite", "no_lora"])
 def test_a_tuner_that_is_no_lora(kind, method):
-    pipe = sd_pipe()
+    pipe = sd_pipe(small_unet())
     pipe.unet.add_adapter(kind(r=2, target_modules=["time_emb_proj"], init_weights=False), "h")
     with_loras_on_attention(pipe)
     pipe.unet.set_adapters(["a", "b", "h"])
@@ -237,7 +238,7 @@ def test_guidance_cut_off_in_mid_run(sd, dominance, interval):
 
 
 def test_diffusers_own_cut_off_with_the_online_gate(sd):
-    hook = {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_index=1)}
+    hook = {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)}
     hook["callback_on_step_end_tensor_inputs"] = ["prompt_embeds"]
     with cmlora.accelerated(sd, partition="online", low=["b"], cache_interval=2):
         assert call(sd, 5, **hook).isfinite().all()
@@ -284,14 +285,15 @@ def test_weights_set_after_accelerate(sd):
 
 def test_weights_swapped_in_place(sd):
     """PEFT's hot swap keeps the layers and the parameters and exchanges what lies in them."""
-    other = with_loras(sd_pipe())
+    other = with_loras(sd_pipe(small_unet()))
     for name, weight in other.unet.named_parameters():
         if ".lora_B.a." in name:
             weight.mul_(-3)
     state = peft.get_peft_model_state_dict(other.unet, adapter_name="a")
+    state = {f"base_model.model.{key}": weight for key, weight in state.items()}
     cmlora.accelerate(sd, method="merge", cache_interval=1)
     before = call(sd, 2)
-    peft.utils.hotswap.hotswap_adapter_from_state_dict(sd.unet, state, "a", config=sd.unet.peft_config["a"])
+    hotswap_adapter_from_state_dict(sd.unet, state, "a", config=sd.unet.peft_config["a"])
     got = call(sd, 2)
     assert relative(got, before) > 100 * EXACT
     assert relative(got, call(cmlora.restore(sd), 2)) < EXACT
@@ -401,20 +403,29 @@ def test_offload_hook_and_restore_in_each_order(sd, hook_first, restore_first):
 
 def test_sequential_offload_is_refused(sd):
     """Its weights lie on no device between calls, so nothing can be stacked."""
-    from accelerate import cpu_offload
-
     plain = call(sd, 1)
-    cpu_offload(sd.unet, execution_device=torch.device("cpu"))
+    accelerate.cpu_offload(sd.unet, execution_device=torch.device("cpu"))
     refused(sd, cmlora.AdapterError, "meta", "enable_model_cpu_offload", method="composite")
     remove_hook_from_module(sd.unet, recurse=True)
     assert torch.equal(call(sd, 1), plain)
 
 
-def test_pipeline_offload(sd):
-    want = loop(sd, lambda p: call(p, 2))
-    sd.enable_model_cpu_offload(device="cpu")
+@pytest.mark.parametrize("offload_first", [True, False])
+def test_model_offload_of_the_pipeline(sd, offload_first, monkeypatch):
+    """The CPU stands in for the GPU; diffusers calls it cpu:0, which torch takes for another device than its own."""
+    original = accelerate.cpu_offload_with_hook
+
+    def on_the_cpu(model, device, prev_module_hook=None):
+        return original(model, torch.device("cpu"), prev_module_hook=prev_module_hook)
+
+    monkeypatch.setattr(accelerate, "cpu_offload_with_hook", on_the_cpu)
+    plain, want = call(sd, 2), loop(sd, lambda p: call(p, 2))
+    if offload_first:
+        sd.enable_model_cpu_offload(device="cpu")
     cmlora.accelerate(sd, method="composite")
+    if not offload_first:
+        sd.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
         assert relative(call(sd, 2), want) < EXACT
-    assert isinstance(sd, StableDiffusionPipeline)
-    assert len(cmlora.summary(sd).steps) == 2
+        assert len(cmlora.summary(sd).steps) == 2
+    assert torch.equal(call(cmlora.restore(sd), 2), plain)

@@ -11,10 +11,10 @@ import functools
 import diffusers
 import pytest
 import torch
-from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
-from models import EVERYTHING, add_lora, call, embeddings, relative, sd_pipe, sd_unet, sdxl_pipe, sdxl_unet
+from diffusers import ControlNetModel, T2IAdapter
 
 import cmlora
+from tests.models import EVERYTHING, add_lora, call, embeddings, relative, sd_pipe, sd_unet, sdxl_pipe, sdxl_unet
 
 NAMES, WEIGHTS = ("a", "b"), (0.8, 1.2)
 EXACT = 1e-5
@@ -28,10 +28,10 @@ class Loop:
         dominance: weight of the adapter that alone is refreshed, in turn; None: a plain mean, all are refreshed.
     """
 
-    def __init__(self, unet, interval=1, branch=(0, 1), dominance=None):
+    def __init__(self, unet, interval=1, branch=None, dominance=None):
         self.unet, self.interval, self.dominance = unet, interval, dominance
         self.calls, self.kept, self.original = 0, {}, unet.forward
-        layer, block = branch
+        layer, block = branch or (0, len(unet.down_blocks[0].resnets) - 1)
         skip = block + sum(len(b.resnets) + len(b.downsamplers or ()) for b in unet.down_blocks[:layer])
         resnets = [r for b in unet.up_blocks for r in b.resnets]
         self.entry, below = resnets[-skip - 2], resnets[-skip - 3 : -skip - 2] or [unet.mid_block.resnets[-1]]
@@ -76,6 +76,17 @@ class Loop:
         return torch.cat([kept[-batch:], hidden[:, self.channels :]], 1), *inputs[1:]
 
 
+def small_unet(**overrides):
+    """Two levels, a layer each: for what does not depend on the number of blocks."""
+    levels = {
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    return sd_unet(**(levels | overrides))
+
+
 def with_loras(pipe):
     add_lora(pipe.unet, "a", rank=4, pattern=EVERYTHING, seed=1)
     add_lora(pipe.unet, "b", rank=6, alpha=3, seed=2)
@@ -89,11 +100,16 @@ def sd():
 
 
 @pytest.fixture(scope="module")
+def small():
+    return with_loras(sd_pipe(small_unet()))
+
+
+@pytest.fixture(scope="module")
 def sdxl():
     return with_loras(sdxl_pipe())
 
 
-def composite_equals_loop(pipe, run, interval=2, branch=(0, 1), unet=None):
+def composite_equals_loop(pipe, run, interval=2, branch=None):
     """`run(pipe)` under the peer and under ours; the same tensors out of both."""
     with Loop(pipe.unet, interval, branch):
         want = run(pipe)
@@ -122,16 +138,16 @@ def merge_equals_plain(pipe, run):
 
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 @pytest.mark.parametrize("images", [1, 2])
-def test_guidance_and_batch(sd, guidance, images):
-    given = embeddings(sd, images)
+def test_guidance_and_batch(small, guidance, images):
+    given = embeddings(small, images)
     for check in (composite_equals_loop, cmlora_equals_loop):
-        check(sd, lambda p: call(p, 3, guidance, given))
+        check(small, lambda p: call(p, 3, guidance, given))
 
 
-def test_guidance_rescale_and_images_per_prompt(sd):
-    given = embeddings(sd, 2)
-    given["latents"] = embeddings(sd, 4)["latents"]
-    composite_equals_loop(sd, lambda p: call(p, 3, given=given, guidance_rescale=0.7, num_images_per_prompt=2))
+def test_guidance_rescale_and_images_per_prompt(small):
+    given = embeddings(small, 2)
+    given["latents"] = embeddings(small, 4)["latents"]
+    composite_equals_loop(small, lambda p: call(p, 3, given=given, guidance_rescale=0.7, num_images_per_prompt=2))
 
 
 def test_sdxl(sdxl):
@@ -163,15 +179,15 @@ def test_freeu_scales_a_cached_feature_once(sd, branch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_is_no_further_off_than_the_loop(sd, dtype):
-    given = embeddings(sd)
+def test_half_precision_is_no_further_off_than_the_loop(small, dtype):
+    given = embeddings(small)
 
     def run(pipe):
         return call(pipe, 3, given={k: v.to(pipe.unet.dtype) for k, v in given.items()}).float()
 
-    with Loop(sd.unet, 2):
-        exact = run(sd)
-    low = with_loras(sd_pipe()).to(dtype=dtype)
+    with Loop(small.unet, 2):
+        exact = run(small)
+    low = with_loras(sd_pipe(small_unet())).to(dtype=dtype)
     with Loop(low.unet, 2):
         loop = run(low)
     cmlora.accelerate(low, method="composite", cache_interval=2)
@@ -182,14 +198,14 @@ def test_half_precision_is_no_further_off_than_the_loop(sd, dtype):
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.7])
-def test_lora_scale_of_the_call(sd, scale):
+def test_lora_scale_of_the_call(small, scale):
     run = functools.partial(call, steps=3, cross_attention_kwargs={"scale": scale})
-    composite_equals_loop(sd, run)
-    merge_equals_plain(sd, run)
+    composite_equals_loop(small, run)
+    merge_equals_plain(small, run)
 
 
 def test_merge_of_ranks_beyond_128():
-    pipe = sd_pipe()
+    pipe = sd_pipe(small_unet())
     for seed, name in enumerate(("a", "b", "c")):
         add_lora(pipe.unet, name, rank=60, pattern=EVERYTHING, seed=seed)
     pipe.unet.set_adapters(["a", "b", "c"], [0.5, 0.3, 0.2])
@@ -213,8 +229,8 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_evaluation_of_a_scheduler_is_a_step(sd, name):
-    own = sd.scheduler
+def test_every_evaluation_of_a_scheduler_is_a_step(small, name):
+    own = small.scheduler
     kind = getattr(diffusers, name)
 
     def run(pipe):
@@ -222,15 +238,15 @@ def test_every_evaluation_of_a_scheduler_is_a_step(sd, name):
         return call(pipe, 3, generator=torch.Generator().manual_seed(0))
 
     try:
-        with Loop(sd.unet, 2) as loop:
-            want = run(sd)
-        cmlora.accelerate(sd, method="composite", cache_interval=2)
-        got = run(sd)
-        assert len(cmlora.summary(sd).steps) == loop.calls
+        with Loop(small.unet, 2) as loop:
+            want = run(small)
+        cmlora.accelerate(small, method="composite", cache_interval=2)
+        got = run(small)
+        assert len(cmlora.summary(small).steps) == loop.calls
         assert relative(got, want) < EXACT
     finally:
-        cmlora.restore(sd)
-        sd.scheduler = own
+        cmlora.restore(small)
+        small.scheduler = own
 
 
 def controlnet(unet):
@@ -259,10 +275,10 @@ def test_sdxl_controlnet():
     unet = sdxl_unet()
     pipe = with_loras(sdxl_pipe(unet, kind=diffusers.StableDiffusionXLControlNetPipeline, controlnet=controlnet(unet)))
     image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
-    composite_equals_loop(pipe, lambda p: call(p, 3, image=image))
+    composite_equals_loop(pipe, lambda p: call(p, 2, image=image))
 
 
-@pytest.mark.parametrize("branch", [(0, 1), (1, 1), (2, 1)], ids=str)
+@pytest.mark.parametrize("branch", [(0, 1), (2, 1)], ids=str)
 def test_t2i_adapter_residuals(branch):
     torch.manual_seed(0)
     unet = sd_unet()
@@ -271,8 +287,8 @@ def test_t2i_adapter_residuals(branch):
     )
     pipe = with_loras(sd_pipe(unet, kind=diffusers.StableDiffusionAdapterPipeline, adapter=adapter))
     image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
-    want = composite_equals_loop(pipe, lambda p: call(p, 3, image=image), branch=branch)
-    assert relative(call(pipe, 3, image=image, adapter_conditioning_scale=0.0), want) > 100 * EXACT
+    want = composite_equals_loop(pipe, lambda p: call(p, 2, image=image), branch=branch)
+    assert relative(call(pipe, 2, image=image, adapter_conditioning_scale=0.0), want) > 100 * EXACT
 
 
 def test_sdxl_t2i_adapter():
@@ -312,7 +328,7 @@ def ip_adapter(unet, tokens=4, width=16):
 
 
 def test_ip_adapter():
-    pipe = sd_pipe()
+    pipe = sd_pipe(small_unet())
     pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
     with_loras(pipe)
     assert pipe.unet.config.encoder_hid_dim_type == "ip_image_proj"
@@ -325,7 +341,7 @@ def test_ip_adapter():
 
 
 def test_img2img_runs_the_end_of_the_schedule():
-    pipe = with_loras(sd_pipe(kind=diffusers.StableDiffusionImg2ImgPipeline))
+    pipe = with_loras(sd_pipe(small_unet(), kind=diffusers.StableDiffusionImg2ImgPipeline))
     given = embeddings(pipe)
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     del given["latents"]
@@ -344,7 +360,7 @@ def test_img2img_runs_the_end_of_the_schedule():
 
 
 def test_inpainting_unet_with_nine_channels():
-    pipe = with_loras(sd_pipe(sd_unet(in_channels=9), kind=diffusers.StableDiffusionInpaintPipeline))
+    pipe = with_loras(sd_pipe(small_unet(in_channels=9), kind=diffusers.StableDiffusionInpaintPipeline))
     given = embeddings(pipe)
     picture = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     mask = (torch.rand(1, 1, 128, 128, generator=torch.Generator().manual_seed(1)) > 0.5).float()
@@ -362,19 +378,19 @@ def test_inpainting_unet_with_nine_channels():
 
 def test_denoising_end_then_a_longer_loop(sdxl):
     given = embeddings(sdxl)
-    composite_equals_loop(sdxl, lambda p: call(p, 10, given=given, denoising_end=0.5))
+    composite_equals_loop(sdxl, lambda p: call(p, 6, given=given, denoising_end=0.5))
     with cmlora.accelerated(sdxl, method="composite"):
-        call(sdxl, 10, given=given, denoising_end=0.5)
-        assert len(cmlora.summary(sdxl).steps) == 5
+        call(sdxl, 6, given=given, denoising_end=0.5)
+        assert len(cmlora.summary(sdxl).steps) == 3
         # another pipeline on the same UNet, of which sdxl knows nothing
         other = diffusers.StableDiffusionXLPipeline.from_pipe(sdxl)
         other.set_progress_bar_config(disable=True)
-        got = call(other, 10, given=given)
+        got = call(other, 6, given=given)
     with Loop(sdxl.unet, 2):
-        assert relative(got, call(sdxl, 10, given=given)) < EXACT
+        assert relative(got, call(sdxl, 6, given=given)) < EXACT
 
 
-def test_callback_and_interrupt_leave_nothing_behind(sd):
+def test_callback_and_interrupt_leave_nothing_behind(small):
     seen = []
 
     def watch(pipe, i, t, tensors):
@@ -382,26 +398,26 @@ def test_callback_and_interrupt_leave_nothing_behind(sd):
         pipe._interrupt = i == 1
         return tensors
 
-    bigger = embeddings(sd, 2, size=(8, 24))
-    with Loop(sd.unet, 3):
-        want = call(sd, 5, given=bigger)
-    with cmlora.accelerated(sd, method="composite", cache_interval=3):
-        call(sd, 4, callback_on_step_end=watch)
-        assert len(cmlora.summary(sd).steps) == 2
-        got = call(sd, 5, given=bigger)
+    bigger = embeddings(small, 2, size=(8, 24))
+    with Loop(small.unet, 3):
+        want = call(small, 5, given=bigger)
+    with cmlora.accelerated(small, method="composite", cache_interval=3):
+        call(small, 4, callback_on_step_end=watch)
+        assert len(cmlora.summary(small).steps) == 2
+        got = call(small, 5, given=bigger)
     assert seen == [0, 1]
     assert relative(got, want) < EXACT
 
 
-def test_latents_changed_in_a_callback(sd):
+def test_latents_changed_in_a_callback(small):
     def shift(pipe, i, t, tensors):
         return {"latents": tensors["latents"] * 0.9 + 0.05}
 
-    composite_equals_loop(sd, lambda p: call(p, 3, callback_on_step_end=shift))
+    composite_equals_loop(small, lambda p: call(p, 3, callback_on_step_end=shift))
 
 
-def test_custom_loop(sd):
-    given = embeddings(sd)
+def test_custom_loop(small):
+    given = embeddings(small)
 
     def run(pipe, again=1):
         for _ in range(again):
@@ -412,33 +428,33 @@ def test_custom_loop(sd):
                 x = pipe.scheduler.step(noise, t, x).prev_sample
         return x
 
-    composite_equals_loop(sd, run)
-    with Loop(sd.unet, 2):
-        want = run(sd)
-    with cmlora.accelerated(sd, method="composite"):
-        assert relative(run(sd, again=2), want) < EXACT
+    composite_equals_loop(small, run)
+    with Loop(small.unet, 2):
+        want = run(small)
+    with cmlora.accelerated(small, method="composite"):
+        assert relative(run(small, again=2), want) < EXACT
 
 
-def test_two_pipelines_in_one_process(sd, sdxl):
-    with Loop(sd.unet, 2):
-        want = call(sd, 3)
+def test_two_pipelines_in_one_process(small, sdxl):
+    with Loop(small.unet, 2):
+        want = call(small, 3)
     with Loop(sdxl.unet, 2):
         want_xl = call(sdxl, 3)
-    with cmlora.accelerated(sd, method="composite"), cmlora.accelerated(sdxl, method="composite"):
+    with cmlora.accelerated(small, method="composite"), cmlora.accelerated(sdxl, method="composite"):
         inner = []
 
         def other(pipe, i, t, tensors):  # one runs in the middle of the other
             inner.append(call(sdxl, 3))
             return tensors
 
-        got = call(sd, 3, callback_on_step_end=other)
+        got = call(small, 3, callback_on_step_end=other)
     assert relative(got, want) < EXACT
     assert all(relative(x, want_xl) < EXACT for x in inner)
 
 
 @pytest.mark.parametrize("drop", [False, True])
 def test_pipelines_that_share_a_unet(drop):
-    first = with_loras(sd_pipe())
+    first = with_loras(sd_pipe(small_unet()))
     second = diffusers.StableDiffusionPipeline.from_pipe(first)
     second.set_progress_bar_config(disable=True)
     with Loop(first.unet, 2):
@@ -453,19 +469,11 @@ def test_pipelines_that_share_a_unet(drop):
 
 
 def test_a_unet_without_attention_at_its_ends():
-    """Two levels, one layer each, a middle block without cross-attention: other cuts than SD's."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        cross_attention_dim=24,
-        attention_head_dim=4,
+    unet = small_unet(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         mid_block_type="UNetMidBlock2D",
-    ).eval()
+    )
     pipe = with_loras(sd_pipe(unet))
     for branch in ((0, 0), (1, 0)):
         composite_equals_loop(pipe, lambda p: call(p, 3), branch=branch)

@@ -145,4 +145,4 @@ def test_flops_on_sd15_are_not_above_the_loops():
         Sequential(pipe.unet, [f"lora_{i}" for i in range(5)], interval=2, dominance=4.5)
         return steps(pipe)
 
-    assert flops(ours) <= flops(loop)
+    assert flops(ours) <= 0.93 * flops(loop)
