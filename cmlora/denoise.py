@@ -18,7 +18,7 @@ from cmlora.config import CMLoRAConfig
 from cmlora.errors import RunError
 from cmlora.layers import RowSlots, install, uninstall
 from cmlora.plan import Step, make_plan, order_adapters
-from cmlora.unet import BatchedUNet, Inputs, Rows
+from cmlora.unet import BatchedUNet, Inputs, Rows, check_supported
 from cmlora_kernels import combine_noise, high_frequency_share, select_dominant
 
 
@@ -182,6 +182,7 @@ class Denoiser:
         return timesteps, int(timestep.storage_offset() - timesteps.storage_offset())
 
     def _start(self, sample: Tensor, timesteps: Tensor, offset: int) -> Run:
+        check_supported(self.unet)  # processors may have been exchanged since
         steps = timesteps.shape[0] - offset
         pipe = self._pipe()
         if getattr(pipe, "_denoising_end", None) is not None:  # SDXL's base leaves the last steps to a refiner
