@@ -137,8 +137,8 @@ def fingerprint(model: nn.Module) -> tuple[object, ...]:
 
 
 def _identity(weight: Tensor) -> tuple[object, ...]:
-    # PEFT's hot swap puts another tensor behind the same parameter, whose version may be the same
-    return id(weight), weight.data_ptr(), weight._version, weight.dtype
+    # PEFT's hot swap to a larger rank keeps the parameter, and the version may be the same
+    return id(weight), weight.shape, weight._version, weight.dtype
 
 
 def build_bank(

@@ -20,7 +20,7 @@ from cmlora.errors import RunError
 from cmlora.layers import RowSlots, install, stack_projections, uninstall
 from cmlora.plan import Step, make_plan, order_adapters
 from cmlora.rows import Rows
-from cmlora.unet import BatchedUNet
+from cmlora.unet import BatchedUNet, check_supported
 from cmlora_kernels import combine_noise, high_frequency_share, select_dominant
 
 # Pipelines that pass torch.cat([latents] * 2) to the UNet under guidance.
@@ -200,6 +200,7 @@ class Denoiser:
         return timesteps, int(timestep.storage_offset() - timesteps.storage_offset())
 
     def _start(self, sample: Tensor, timesteps: Tensor, offset: int) -> Run:
+        check_supported(self.unet)  # processors may have been exchanged since
         steps = timesteps.shape[0] - offset
         pipe = self._pipe()
         if getattr(pipe, "_denoising_end", None) is not None:  # SDXL's base leaves the last steps to a refiner
@@ -247,6 +248,7 @@ class Denoiser:
         if index >= len(run.plan):
             # another pipeline runs this UNet, not the one whose denoising_end set the length
             run.plan = make_plan(self.config, self.bank.names, run.timesteps.shape[0] - run.first)
+            run.conditions = None
         step = run.plan[index]
         gate = self._choose(run, step, inputs.sample, index)
         everyone = self._rows(run, step, tuple(range(len(step.slots))), inputs.sample.device)

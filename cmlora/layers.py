@@ -103,8 +103,7 @@ class MultiLoraConv2d(_MultiLora):
 class StackedProjection:
     """q, k and v of one x in one launch: their weights one below the other, an adapter per row."""
 
-    def __init__(self, layers: Sequence[Any], banks: Sequence[LayerBank | None], rows: RowSlots, backend: str) -> None:
-        bases = [layer.get_base_layer() for layer in layers]
+    def __init__(self, bases: Sequence[Any], banks: Sequence[LayerBank | None], rows: RowSlots, backend: str) -> None:
         self.weight = torch.cat([base.weight.detach() for base in bases])
         self.bias = None if bases[0].bias is None else torch.cat([base.bias.detach() for base in bases])
         self.bank = _stack_parts(banks)
@@ -145,14 +144,14 @@ def stack_projections(model: nn.Module, rows: RowSlots, backend: str) -> dict[nn
     for module in model.modules():
         layers = [getattr(module, name, None) for name in ("to_q", "to_k", "to_v")]
         forwards = [f for f in map(_forward_of, layers) if isinstance(f, MultiLoraLinear)]
-        if len(forwards) < 3 or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+        if len(forwards) < 3 or any(f.layer._forward_hooks or f.layer._forward_pre_hooks for f in forwards):
             continue
         bases = [forward.base for forward in forwards]
         plain = all(_computes_plainly(base, nn.Linear) for base in bases)
         alike = len({(base.weight.shape, base.weight.dtype, base.bias is None) for base in bases}) == 1
         banks = [forward.bank for forward in forwards]
         if plain and alike and any(bank is not None for bank in banks):
-            stacked[module] = StackedProjection(layers, banks, rows, backend)
+            stacked[module] = StackedProjection(bases, banks, rows, backend)
     return stacked
 
 

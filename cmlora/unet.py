@@ -369,7 +369,13 @@ def check_supported(unet: Any) -> None:
         value = unet.config.get(name, allowed[0])
         if value not in allowed:
             raise UnsupportedModelError(f"this UNet's {name} is {value!r}; supported are {allowed}")
-    if any(getattr(module, "fused_projections", False) for module in unet.modules()):
+    processors = {type(p).__name__ for p in unet.attn_processors.values()}
+    if any(name.startswith("PAG") for name in processors):
+        raise UnsupportedModelError(
+            "PAG processors split the batch; use a pipeline without perturbed-attention guidance"
+        )
+    # the modules stay marked as fused when they are no more
+    if any(name.startswith("Fused") for name in processors):
         raise UnsupportedModelError(
             "this UNet's q, k, v are fused, past its LoRA layers: unet.unfuse_qkv_projections()"
         )

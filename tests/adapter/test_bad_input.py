@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPAGPipeline, UNet2DConditionModel
 from diffusers.callbacks import SDCFGCutoffCallback
 from peft.utils.hotswap import hotswap_adapter_from_state_dict
 
@@ -180,6 +180,29 @@ def test_foreign_unet_and_fused_projections(sd):
     refused(sd, cmlora.UnsupportedModelError, "unfuse_qkv_projections")
 
 
+def test_attention_that_changes_after_accelerate(sd):
+    want = loop(sd, lambda p: call(p, 2))
+    cmlora.accelerate(sd, method="composite")
+    sd.fuse_qkv_projections(vae=False)
+    with pytest.raises(cmlora.UnsupportedModelError, match="unfuse_qkv_projections"):
+        call(sd, 2)
+    sd.unfuse_qkv_projections(vae=False)
+    assert relative(call(sd, 2), want) < EXACT
+
+
+def test_perturbed_attention_guidance():
+    """Its processors take the batch apart, and the LoRA layers need not notice."""
+    pipe = sd_pipe(small_unet(), kind=StableDiffusionPAGPipeline)
+    for seed, name in enumerate("ab"):
+        add_lora(pipe.unet, name, pattern=r"net\.2$", seed=seed)
+    own = dict(pipe.unet.attn_processors)
+    cmlora.accelerate(pipe, method="composite")
+    with pytest.raises(cmlora.UnsupportedModelError, match=r"PAG.*without perturbed-attention"):
+        call(pipe, 2, pag_scale=3.0)
+    pipe.unet.set_attn_processor(own)  # diffusers leaves its own behind in a call that fails
+    assert call(pipe, 2, pag_scale=0.0).isfinite().all()
+
+
 # --- during a run
 
 
@@ -283,17 +306,15 @@ def test_weights_set_after_accelerate(sd):
     assert relative(got, call(cmlora.restore(sd), 2)) < EXACT
 
 
-def test_weights_swapped_in_place(sd):
+def test_weights_swapped_for_a_larger_rank(sd):
     """PEFT's hot swap keeps the layers and the parameters and exchanges what lies in them."""
-    other = with_loras(sd_pipe(small_unet()))
-    for name, weight in other.unet.named_parameters():
-        if ".lora_B.a." in name:
-            weight.mul_(-3)
-    state = peft.get_peft_model_state_dict(other.unet, adapter_name="a")
-    state = {f"base_model.model.{key}": weight for key, weight in state.items()}
+    other = sd_pipe(small_unet())
+    add_lora(other.unet, "a", rank=8, pattern=EVERYTHING, seed=5)
+    state = {key: weight for key, weight in other.unet.state_dict().items() if "lora_" in key}
+    sd.set_adapters(["a", "b"], [1.0, 1.0])  # the swap sets them to one
     cmlora.accelerate(sd, method="merge", cache_interval=1)
     before = call(sd, 2)
-    hotswap_adapter_from_state_dict(sd.unet, state, "a", config=sd.unet.peft_config["a"])
+    hotswap_adapter_from_state_dict(sd.unet, state, "a", config=other.unet.peft_config["a"])
     got = call(sd, 2)
     assert relative(got, before) > 100 * EXACT
     assert relative(got, call(cmlora.restore(sd), 2)) < EXACT
