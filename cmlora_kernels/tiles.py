@@ -57,6 +57,10 @@ class Tile:
     num_stages: int
     group: int = 8
 
+    def blocks(self) -> dict[str, int]:
+        """The kernel's constexprs BLOCK_M, BLOCK_N and BLOCK_K."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -185,6 +189,8 @@ def add_tile(p: Problem, arch: str) -> Tile:
     if family(arch) == "mfma" and rank * size == 512:
         stages = 1  # a second tile spills
     block_n = 32 if family(arch) == "wmma" and size == 4 else 64
+    if arch == "sm_100" and rank == 16 and size == 2 and p.outer // p.parts >= 128:
+        block_n = 128  # 64 spills in the convolution
     return Tile(block_m, block_n, block_k, warps, stages)
 
 
