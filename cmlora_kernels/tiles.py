@@ -244,7 +244,8 @@ class Cost:
     """What one strategy costs for one layer: `seconds` is predicted; bytes, flops and launches are counted.
 
     Attributes:
-        strategy: "fused" (base GEMM and update in one kernel), "add" (cuBLAS, then y += update) or "merged" (W + dW).
+        strategy: "fused" (base GEMM and update in one kernel), "add" (cuBLAS, then y += update), "merged" (W + dW), or
+            "definition" (cuBLAS and two batched GEMMs) for ranks that no kernel serves.
         memory: bytes that the strategy keeps beside the model and the adapters.
     """
 
@@ -280,7 +281,13 @@ def costs(p: Problem, arch: str) -> tuple[Cost, ...]:
         size * p.adapters * weight,
     )
     if not supports(p.rank, p.dtype, arch):
-        return (merged,)
+        down = m * p.rank * p.parts
+        shrink = (2.0 * down * p.inner, x + down + weights * update, blas)
+        expand = (2.0 * m * p.rank * p.outer, down + 2 * y, blas)
+        definition = cost(
+            "definition", [(base_flops, x + y + weight, blas), shrink, expand], base_flops + 2 * m * update
+        )
+        return tuple(sorted((definition, merged), key=lambda option: option.seconds))
     lora, rank, block_m = weights * update, rank_bucket(p.rank), add_tile(p, arch).block_m
     add_work = 2 * p.rows * cdiv(p.tokens, block_m) * block_m * rank * (p.inner * p.parts + p.outer)
     flops = base_flops + 2 * m * update
@@ -291,7 +298,7 @@ def costs(p: Problem, arch: str) -> tuple[Cost, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def choose(p: Problem, arch: str, budget: int = 0) -> Cost:
-    """The cheapest strategy that keeps at most `budget` bytes; raises StopIteration for a rank that none serves."""
+    """The cheapest strategy that keeps at most `budget` bytes."""
     return next(option for option in costs(p, arch) if option.memory <= budget)
 
 

@@ -292,6 +292,7 @@ def test_cost_model_keeps_narrow_layers_fused_and_wide_ones_with_cublas() -> Non
     assert [pick(1024, 5120, 1280), pick(1024, 1280, 1280, rank=128)] == ["add"] * 2
     assert pick(1024, 1280, 1280, budget=1280 * 1280 * 2) == "merged"
     assert pick(1024, 1280, 1280, budget=1280 * 1280 * 2 - 1) == "fused"
+    assert pick(1024, 1280, 1280, rank=129) == "definition"
 
 
 def test_costs_count_bytes_flops_and_launches() -> None:
