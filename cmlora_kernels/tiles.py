@@ -278,7 +278,7 @@ def costs(p: Problem, arch: str) -> tuple[Cost, ...]:
         "merged",
         [(_padded_flops(p._replace(rank=0, parts=1), arch, 0), x + y + weights * weight, triton)],
         base_flops,
-        size * p.adapters * weight,
+        size * (p.adapters + 1) * weight,  # the bank holds the base weight too
     )
     if not supports(p.rank, p.dtype, arch):
         down = m * p.rank * p.parts
