@@ -14,7 +14,7 @@ from cmlora.conditions import Conditions
 from cmlora.rows import Rows, Shared, add, lift
 
 
-def resnet(module: Any, x: Shared, conditions: Conditions, step: int, rows: Rows) -> Shared:
+def plain_resnet(module: Any, x: Shared, conditions: Conditions, step: int, rows: Rows) -> Shared:
     """ResnetBlock2D.forward, its time bias from the run's table."""
     carrying = module in conditions.carrying
     bias = conditions.time_bias(module, step)
@@ -33,7 +33,7 @@ def resnet(module: Any, x: Shared, conditions: Conditions, step: int, rows: Rows
     return Shared(hidden, x.by_prediction, x.by_half)
 
 
-def transformer(module: Any, x: Shared, conditions: Conditions, rows: Rows, everyone: Rows) -> Shared:
+def plain_transformer(module: Any, x: Shared, conditions: Conditions, rows: Rows, everyone: Rows) -> Shared:
     """Transformer2DModel.forward on a feature map [rows, channels, height, width]."""
     _, _, height, width = x.value.shape
     tokens = Shared(module.norm(x.value), x.by_prediction, x.by_half)

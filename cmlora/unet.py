@@ -17,11 +17,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils.torch_utils import apply_freeu
 from torch import Tensor, nn
 
-from cmlora import transformer
 from cmlora.conditions import Conditions, Inputs
 from cmlora.errors import ConfigError, UnsupportedModelError
 from cmlora.layers import RowSlots, StackedProjection
 from cmlora.rows import Rows, Shared, add, concat, lift, whole
+from cmlora.transformer import plain_resnet, plain_transformer
 from cmlora_kernels import gather_concat, scatter_rows
 
 BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
@@ -235,12 +235,12 @@ class Pass:
 
     def _resnet(self, module: Any, x: Shared) -> Shared:
         if self.conditions.has_time_bias(module):
-            return transformer.resnet(module, x, self.conditions, self.step, self.rows)
+            return plain_resnet(module, x, self.conditions, self.step, self.rows)
         return Shared(module(whole(x, self.rows), self._embedding), True, True)
 
     def _attention(self, module: Any, x: Shared) -> Shared:
         if module in self.conditions.plain:
-            return transformer.transformer(module, x, self.conditions, self.rows, self.everyone)
+            return plain_transformer(module, x, self.conditions, self.rows, self.everyone)
         attended = module(
             whole(x, self.rows), **self._prompt, cross_attention_kwargs=self.conditions.kwargs, return_dict=False
         )

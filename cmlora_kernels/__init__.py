@@ -2,6 +2,7 @@
 
 from cmlora_kernels.combine_noise import combine_noise
 from cmlora_kernels.feature_bank import gather_concat, scatter_rows
+from cmlora_kernels.merged_bank import merge_weights, merged_linear
 from cmlora_kernels.multi_lora import multi_lora_add_, multi_lora_conv2d, multi_lora_linear
 from cmlora_kernels.spectrum import high_frequency_share, radial_profile, select_dominant
 
@@ -9,6 +10,8 @@ __all__ = [
     "combine_noise",
     "gather_concat",
     "high_frequency_share",
+    "merge_weights",
+    "merged_linear",
     "multi_lora_add_",
     "multi_lora_conv2d",
     "multi_lora_linear",
