@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cmlora_kernels.dispatch import Backend, check_backend, register
+from cmlora_kernels.dispatch import Backend, check_backend, register, use_triton
+from cmlora_kernels.launch import arch_of
+from cmlora_kernels.multi_lora_add import triton_add
+from cmlora_kernels.multi_lora_conv import triton_conv_add
+from cmlora_kernels.multi_lora_linear import fused_linear
+from cmlora_kernels.tiles import Problem, choose, supports
 
 
 def add_definition(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor) -> Tensor:
@@ -71,6 +76,14 @@ def conv2d_definition(
     return y.add_(update.view_as(y))
 
 
+def _runs_triton(x: Tensor, rank: int, backend: str) -> bool:
+    """Whether a kernel runs: not for ranks, dtypes and empty tensors that none serves; not for bfloat16 on the CPU,
+    where the interpreter's tl.dot reads the numbers as integers."""
+    if not use_triton(x, backend) or x.numel() == 0 or (x.dtype == torch.bfloat16 and not x.is_cuda):
+        return False
+    return supports(rank, x.dtype, arch_of(x.device))
+
+
 def _linear_body(
     x: Tensor,
     weight: Tensor,
@@ -81,7 +94,15 @@ def _linear_body(
     scales: Tensor,
     backend: str,
 ) -> Tensor:
-    return linear_definition(x, weight, bias, slots, a, b, scales)
+    if not _runs_triton(x, b.shape[2], backend):
+        return linear_definition(x, weight, bias, slots, a, b, scales)
+    problem = Problem.of(x, slots, b, scales, bias is not None)
+    if choose(problem, arch_of(x.device)).strategy == "fused":
+        y = x.new_empty((x.shape[0], x.shape[1], weight.shape[0]))
+        return fused_linear(x, weight, bias, slots, a, b, scales, y)
+    y = F.linear(x, weight, bias)
+    triton_add(y, x, slots, a, b, scales)
+    return y
 
 
 def _linear_fake(
@@ -98,7 +119,10 @@ def _linear_fake(
 
 
 def _add_body(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, backend: str) -> None:
-    add_definition(y, x, slots, a, b, scales)
+    if _runs_triton(x, b.shape[2], backend):
+        triton_add(y, x, slots, a, b, scales)
+    else:
+        add_definition(y, x, slots, a, b, scales)
 
 
 def _add_fake(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, backend: str) -> None:
@@ -118,7 +142,36 @@ def _conv2d_body(
     dilation: list[int],
     backend: str,
 ) -> Tensor:
-    return conv2d_definition(x, weight, bias, slots, a, b, scales, stride, padding, dilation)
+    if not _runs_triton(x, a.shape[1], backend):
+        return conv2d_definition(x, weight, bias, slots, a, b, scales, stride, padding, dilation)
+    if weight.shape[2:] == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
+        y = _pointwise(x, weight, bias, slots, a, b, scales)
+        if y is not None:
+            return y
+    y = F.conv2d(x, weight, bias, stride, padding, dilation)
+    return triton_conv_add(y, x, slots, a, b, scales, (*stride, *padding, *dilation))
+
+
+def _pointwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor
+) -> Tensor | None:
+    """A 1x1 convolution as a linear layer over pixels, in x's memory format; None where the cost model says cuDNN."""
+    rows, channels, height, width = x.shape
+    problem = Problem(
+        rows, height * width, channels, weight.shape[0], b.shape[2], 1, a.shape[0], x.dtype, bias is not None
+    )
+    if x.stride(2) != width * x.stride(3) or choose(problem, arch_of(x.device)).strategy != "fused":
+        return None
+    last = x.stride(1) == 1 and not x.is_contiguous()
+    y = torch.empty(
+        (rows, weight.shape[0], height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+    tokens, outputs = x.flatten(2).transpose(1, 2), y.flatten(2).transpose(1, 2)
+    fused_linear(tokens, weight.flatten(1), bias, slots, a.flatten(2), b, scales, outputs)
+    return y
 
 
 def _conv2d_fake(
@@ -185,6 +238,7 @@ def multi_lora_linear(
     _check(x, slots, a, b, scales, weight.shape[0], backend)
     if weight.shape[1] != x.shape[2]:
         raise ValueError(f"weight must be [out, {x.shape[2]}] for x {tuple(x.shape)}, got {tuple(weight.shape)}")
+    _check_dtypes(x, weight=weight, bias=bias)
     y: Tensor = _linear(x, weight, bias, slots, a, b, scales, backend)
     return y
 
@@ -196,6 +250,7 @@ def multi_lora_add_(
     _check(x, slots, a, b, scales, y.shape[-1], backend)
     if y.shape[:2] != x.shape[:2]:
         raise ValueError(f"y must be [{x.shape[0]}, {x.shape[1]}, out] for x {tuple(x.shape)}, got {tuple(y.shape)}")
+    _check_dtypes(x, y=y)
     _add(y, x, slots, a, b, scales, backend)
     return y
 
@@ -237,6 +292,9 @@ def multi_lora_conv2d(
         raise ValueError(f"b must be {(a.shape[0], weight.shape[0], a.shape[1])}, got {tuple(b.shape)}")
     if slots.shape != (x.shape[0],):
         raise ValueError(f"slots must be [{x.shape[0]}] for x {tuple(x.shape)}, got {tuple(slots.shape)}")
+    if scales.shape != (a.shape[0], 1):
+        raise ValueError(f"scales must be [slots, 1] = {(a.shape[0], 1)}, got {tuple(scales.shape)}")
+    _check_dtypes(x, slots, scales, weight=weight, bias=bias, a=a, b=b)
     y: Tensor = _conv2d(x, weight, bias, slots, a, b, scales, stride, padding, dilation, backend)
     return y
 
@@ -259,5 +317,16 @@ def _check(x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, out: 
         )
     if scales.shape != (count, parts):
         raise ValueError(f"scales must be [slots, parts] = {(count, parts)}, got {tuple(scales.shape)}")
-    if a.dtype != x.dtype or b.dtype != x.dtype:
-        raise ValueError(f"a and b must be of x's dtype {x.dtype}, got {a.dtype} and {b.dtype}")
+    _check_dtypes(x, slots, scales, a=a, b=b)
+
+
+def _check_dtypes(
+    x: Tensor, slots: Tensor | None = None, scales: Tensor | None = None, **others: Tensor | None
+) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"{name} must be of x's dtype {x.dtype}, got {tensor.dtype}")
+    if slots is not None and slots.dtype != torch.int64:
+        raise ValueError(f"slots must be int64, got {slots.dtype}")
+    if scales is not None and scales.dtype != torch.float32:
+        raise ValueError(f"scales must be float32, got {scales.dtype}")

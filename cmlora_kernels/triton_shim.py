@@ -24,12 +24,14 @@ class _Absent:
         return function if function is not None else lambda inner: inner
 
 
-triton: Any
-tl: Any
 try:
-    import triton as triton
-    import triton.language as tl
+    import triton as _triton
+    import triton.language as _language
 
     HAS_TRITON = True
 except ImportError:
-    triton, tl, HAS_TRITON = _Absent(), _Absent(), False
+    _triton = _language = _Absent()
+    HAS_TRITON = False
+
+triton: Any = _triton
+tl: Any = _language

@@ -1,0 +1,253 @@
+"""The low-rank update of a convolution, added in place to the base convolution's output.
+
+y[r] += scale B (A * x[r]): the k x k down is an implicit GEMM over (tap, channel) whose result stays in registers, the
+1x1 up expands it into y. The base convolution stays with cuDNN or MIOpen, whose Winograd and channels-last kernels a
+Triton GEMM does not beat. A 1x1 convolution without stride or padding is a linear layer over pixels and goes there.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmlora_kernels.launch import POINTER, Launch, arch_of
+from cmlora_kernels.primitives import expand_add, grouped_tile
+from cmlora_kernels.tiles import Problem, add_tile, cdiv, dot_precision, expand_piece, rank_bucket
+from cmlora_kernels.triton_shim import tl, triton
+
+
+@triton.jit
+def conv_add_kernel(
+    y_ptr,  # [rows, out, pixels]
+    x_ptr,  # [rows, channels, height, width]
+    slots_ptr,  # [rows]
+    a_ptr,  # [slots, rank, channels, taps]
+    b_ptr,  # [slots, out, rank]
+    scales_ptr,  # [slots, 1]
+    pixels,
+    out_width,
+    channels,
+    height,
+    width,
+    out,
+    rank,
+    piece,
+    x_row,
+    x_channel,
+    x_height,
+    x_width,
+    a_slot,
+    a_rank,
+    a_channel,
+    a_tap,
+    b_slot,
+    b_out,
+    y_row,
+    y_out,
+    y_pixel,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pieces = tl.cdiv(out, piece)
+    tile_m, tile_n = grouped_tile(pieces, GROUP)
+    tiles_m = tl.cdiv(pixels, BLOCK_M)
+    row, first_m, first_n = tile_m // tiles_m, tile_m % tiles_m * BLOCK_M, tile_n * piece
+    slot = tl.load(slots_ptr + row)
+    if slot < 0:
+        return
+
+    m, k, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+    pixel = first_m.to(tl.int32) + m
+    mask_m, mask_r = pixel < pixels, r < rank
+    top, left = pixel // out_width * STRIDE_H - PAD_H, pixel % out_width * STRIDE_W - PAD_W
+    x_ptr += row * x_row
+    a_ptr += slot * a_slot
+    down = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    blocks = tl.cdiv(channels, BLOCK_K)
+    for step in range(KERNEL_H * KERNEL_W * blocks):  # one flat loop over taps and channels, so that it pipelines
+        tap, channel = step // blocks, step % blocks * BLOCK_K + k
+        h, w = top + tap // KERNEL_W * DILATION_H, left + tap % KERNEL_W * DILATION_W
+        inside = mask_m & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        x_ptrs = x_ptr + (h * x_height + w * x_width)[:, None] + channel[None, :] * x_channel  # [BM, BK]
+        a_ptrs = a_ptr + tap * a_tap + r[None, :] * a_rank + channel[:, None] * a_channel  # [BK, BR]
+        x = tl.load(x_ptrs, mask=inside[:, None] & (channel < channels)[None, :], other=0.0)
+        a = tl.load(a_ptrs, mask=mask_r[None, :] & (channel < channels)[:, None], other=0.0)
+        down = tl.dot(x, a, down, input_precision=PRECISION)
+
+    scaled = (down * tl.load(scales_ptr + slot)).to(b_ptr.dtype.element_ty)
+    expand_add(
+        scaled,
+        b_ptr + slot * b_slot,
+        y_ptr + row * y_row + first_m * y_pixel,
+        m * y_pixel,
+        mask_m,
+        first_n.to(tl.int32),
+        tl.minimum(first_n + piece, out).to(tl.int32),
+        rank,
+        b_out,
+        y_out,
+        BLOCK_N,
+        BLOCK_R,
+        PRECISION,
+    )
+
+
+_X_STRIDES = ("x_row", "x_channel", "x_height", "x_width")
+_STRIDES = (*_X_STRIDES, "a_slot", "a_rank", "a_channel", "a_tap", "b_slot", "b_out", "y_row", "y_out", "y_pixel")
+
+
+class ConvProblem(NamedTuple):
+    """Sizes of one multi-LoRA convolution; `kernel`, `stride`, `padding` and `dilation` are (vertical, horizontal)."""
+
+    rows: int
+    channels: int
+    height: int
+    width: int
+    out: int
+    rank: int
+    adapters: int
+    dtype: torch.dtype
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...] = (1, 1)
+
+    def out_size(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        height, width = (
+            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, pad, dilation in zip(
+                (self.height, self.width), self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+        return height, width
+
+    def as_linear(self) -> Problem:
+        """The linear layer over pixels with the same outputs, for tiles; its inner size counts one tap."""
+        height, width = self.out_size()
+        return Problem(
+            self.rows, height * width, self.channels, self.out, self.rank, 1, self.adapters, self.dtype, False
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def conv_add_launch(problem: ConvProblem, arch: str, strides: tuple[int, ...] = ()) -> Launch:
+    """The launch for one shape.
+
+    Args:
+        problem: sizes and dtype.
+        arch: the target, e.g. "sm_90" or "gfx942".
+        strides: x (row, channel, height, width), a (slot, rank, channel, tap), b (slot, out), y (row, out, pixel), in
+            elements; () for channels-last x, a and y, where 16-byte accesses are possible at every tap.
+    """
+    p, linear = problem, problem.as_linear()
+    tile, (height, width) = add_tile(linear, arch), p.out_size()
+    pixels, pointer = height * width, POINTER[p.dtype]
+    tiles_m = p.rows * cdiv(pixels, tile.block_m)
+    piece = expand_piece(tiles_m, p.out, tile.block_n, arch)
+    flops, once, issued = _counts(p, tiles_m, cdiv(p.out, piece))
+    size = p.dtype.itemsize
+    return Launch(
+        kernel=conv_add_kernel,
+        name=f"conv{p.kernel[0]}x{p.kernel[1]} {linear.describe()}",
+        tensors={
+            "y_ptr": pointer,
+            "x_ptr": pointer,
+            "slots_ptr": "*i64",
+            "a_ptr": pointer,
+            "b_ptr": pointer,
+            "scales_ptr": "*fp32",
+        },
+        scalars={
+            "pixels": pixels,
+            "out_width": width,
+            "channels": p.channels,
+            "height": p.height,
+            "width": p.width,
+            "out": p.out,
+            "rank": p.rank,
+            "piece": piece,
+            **dict(zip(_STRIDES, strides or _channels_last_strides(p), strict=True)),
+        },
+        constexprs={
+            "KERNEL_H": p.kernel[0],
+            "KERNEL_W": p.kernel[1],
+            "STRIDE_H": p.stride[0],
+            "STRIDE_W": p.stride[1],
+            "PAD_H": p.padding[0],
+            "PAD_W": p.padding[1],
+            "DILATION_H": p.dilation[0],
+            "DILATION_W": p.dilation[1],
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+            "BLOCK_R": rank_bucket(p.rank),
+            "GROUP": tile.group,
+            "PRECISION": dot_precision(p.dtype, arch),
+        },
+        grid=(tiles_m * cdiv(p.out, piece), 1, 1),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        bytes=size * issued + 12 * tiles_m * cdiv(p.out, piece),
+        unique_bytes=size * once + 8 * p.rows + 4 * p.adapters,
+        flops=flops,
+    )
+
+
+def _counts(p: ConvProblem, tiles_m: int, pieces: int) -> tuple[int, int, int]:
+    """Flops; elements counted once; elements loaded and stored by all programs. Padding pixels count as loaded."""
+    (height, width), taps = p.out_size(), p.kernel[0] * p.kernel[1]
+    m, k = p.rows * height * width, p.channels * taps
+    once = p.rows * p.channels * p.height * p.width + 2 * m * p.out + p.adapters * p.rank * (k + p.out)
+    issued = pieces * k * (m + tiles_m * p.rank) + 2 * m * p.out + tiles_m * p.out * p.rank
+    return 2 * m * p.rank * (k + p.out), once, issued
+
+
+def _channels_last_strides(p: ConvProblem) -> tuple[int, ...]:
+    (height, width), taps = p.out_size(), p.kernel[0] * p.kernel[1]
+    x = (p.height * p.width * p.channels, 1, p.width * p.channels, p.channels)
+    a = (p.rank * p.channels * taps, p.channels * taps, 1, p.channels)
+    return (*x, *a, p.out * p.rank, p.rank, height * width * p.out, 1, p.out)
+
+
+def triton_conv_add(
+    y: Tensor,
+    x: Tensor,
+    slots: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    geometry: tuple[int, ...],
+) -> Tensor:
+    """Run the kernel on y [rows, out, height', width'], dense in either memory format; returns y.
+
+    `geometry` is stride, padding and dilation, two numbers each.
+    """
+    rows, channels, height, width = x.shape
+    adapters, rank, _, kernel_h, kernel_w = a.shape
+    if a.stride(3) != kernel_w * a.stride(4):
+        a = a.contiguous()  # taps must be one dimension
+    b = b if b.stride(2) == 1 or rank == 1 else b.contiguous()
+    kernel, stride, padding, dilation = (kernel_h, kernel_w), geometry[0:2], geometry[2:4], geometry[4:6]
+    problem = ConvProblem(
+        rows, channels, height, width, y.shape[1], rank, adapters, x.dtype, kernel, stride, padding, dilation
+    )
+    strides = (*x.stride(), *a.stride()[:3], a.stride(4), *b.stride()[:2], y.stride(0), y.stride(1), y.stride(3))
+    launch = conv_add_launch(problem, arch_of(x.device), strides)
+    launch(y, x, slots.contiguous(), a, b, scales.contiguous())
+    return y
