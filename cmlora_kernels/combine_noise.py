@@ -16,6 +16,8 @@ from cmlora_kernels.launch import POINTER, Launch
 from cmlora_kernels.layout import dense_format
 from cmlora_kernels.triton_shim import tl, triton
 
+BLOCK = 1024  # per program: one 16-byte access per thread and adapter in fp16; the adapters' loads fly together
+
 
 @triton.jit
 def _weighted_sum(noise_ptr, coefficient_ptr, row, rows, numel, offset, ADAPTERS: tl.constexpr):
@@ -74,28 +76,28 @@ def moments_kernel(
 
 
 @triton.jit
-def _merged_deviation(moments_ptr, numel, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr):
+def _merged_deviation(moments_ptr, numel, blocks, BLOCK: tl.constexpr, PADDED: tl.constexpr):
     """Sum of squared deviations from the image's mean, out of the blocks' own (Chan, Golub, LeVeque 1979)."""
     block = tl.arange(0, PADDED)
-    count = tl.where(block < BLOCKS, tl.minimum(numel - block * BLOCK, BLOCK), 0)
-    mean = tl.load(moments_ptr + block, block < BLOCKS, 0.0)
-    deviation = tl.load(moments_ptr + BLOCKS + block, block < BLOCKS, 0.0)
+    count = tl.where(block < blocks, tl.minimum(numel - block * BLOCK, BLOCK), 0)
+    mean = tl.load(moments_ptr + block, block < blocks, 0.0)
+    deviation = tl.load(moments_ptr + blocks + block, block < blocks, 0.0)
     apart = mean - tl.sum(mean * count, 0) / numel
     return tl.sum(deviation + count * apart * apart, 0)
 
 
 @triton.jit
 def guided_kernel(
-    noise_ptr, coefficient_ptr, moments_ptr, y_ptr, images, numel, scale, rescale,
-    ADAPTERS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr,
+    noise_ptr, coefficient_ptr, moments_ptr, y_ptr, images, numel, scale, rescale, blocks,
+    ADAPTERS: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1).to(tl.int64)
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     _, guided = _guided_tile(noise_ptr, coefficient_ptr, image, images, numel, offset, scale, ADAPTERS)
     if moments_ptr is not None:
-        moments_ptr += image * 4 * BLOCKS
-        c_deviation = _merged_deviation(moments_ptr, numel, BLOCKS, BLOCK, PADDED)
-        guided_deviation = _merged_deviation(moments_ptr + 2 * BLOCKS, numel, BLOCKS, BLOCK, PADDED)
+        moments_ptr += image * 4 * blocks
+        c_deviation = _merged_deviation(moments_ptr, numel, blocks, BLOCK, PADDED)
+        guided_deviation = _merged_deviation(moments_ptr + 2 * blocks, numel, blocks, BLOCK, PADDED)
         guided *= rescale * tl.sqrt(c_deviation / guided_deviation) + (1.0 - rescale)
     tl.store(y_ptr + image * numel + offset, guided.to(y_ptr.dtype.element_ty), offset < numel)
 
@@ -120,15 +122,14 @@ def guided_definition(noise: Tensor, coefficients: Tensor, scale: float, rescale
 @functools.lru_cache(maxsize=256)
 def combine_launch(adapters: int, rows: int, numel: int, dtype: torch.dtype) -> Launch:
     """The launch of `combine_kernel` on noise [adapters, rows, numel]."""
-    block = _block(dtype)
-    blocks = -(-numel // block)
+    blocks = -(-numel // BLOCK)
     moved = (adapters + 1) * rows * numel * dtype.itemsize
     return Launch(
         kernel=combine_kernel,
         name=f"combine_noise {adapters}x{rows}x{numel}",
         tensors={"noise_ptr": POINTER[dtype], "coefficient_ptr": "*fp32", "y_ptr": POINTER[dtype]},
         scalars={"rows": rows, "numel": numel},
-        constexprs={"ADAPTERS": adapters, "BLOCK": block},
+        constexprs={"ADAPTERS": adapters, "BLOCK": BLOCK},
         grid=(blocks, rows, 1),
         num_warps=4,
         num_stages=1,
@@ -141,15 +142,14 @@ def combine_launch(adapters: int, rows: int, numel: int, dtype: torch.dtype) -> 
 @functools.lru_cache(maxsize=256)
 def moments_launch(adapters: int, images: int, numel: int, dtype: torch.dtype, scale: float) -> Launch:
     """The launch of `moments_kernel` on noise [adapters, 2 * images, numel]."""
-    block = _block(dtype)
-    blocks = -(-numel // block)
+    blocks = -(-numel // BLOCK)
     moved = adapters * 2 * images * numel * dtype.itemsize + 16 * images * blocks
     return Launch(
         kernel=moments_kernel,
         name=f"guided moments {adapters}x{2 * images}x{numel}",
         tensors={"noise_ptr": POINTER[dtype], "coefficient_ptr": "*fp32", "moments_ptr": "*fp32"},
         scalars={"images": images, "numel": numel, "scale": float(scale)},
-        constexprs={"ADAPTERS": adapters, "BLOCK": block},
+        constexprs={"ADAPTERS": adapters, "BLOCK": BLOCK},
         grid=(blocks, images, 1),
         num_warps=4,
         num_stages=1,
@@ -162,8 +162,7 @@ def moments_launch(adapters: int, images: int, numel: int, dtype: torch.dtype, s
 @functools.lru_cache(maxsize=256)
 def guided_launch(adapters: int, images: int, numel: int, dtype: torch.dtype, scale: float, rescale: float) -> Launch:
     """The launch of `guided_kernel` on noise [adapters, 2 * images, numel]."""
-    block = _block(dtype)
-    blocks = -(-numel // block)
+    blocks = -(-numel // BLOCK)
     moved = (2 * adapters + 1) * images * numel * dtype.itemsize
     return Launch(
         kernel=guided_kernel,
@@ -174,8 +173,14 @@ def guided_launch(adapters: int, images: int, numel: int, dtype: torch.dtype, sc
             "moments_ptr": "*fp32" if rescale else None,
             "y_ptr": POINTER[dtype],
         },
-        scalars={"images": images, "numel": numel, "scale": float(scale), "rescale": float(rescale)},
-        constexprs={"ADAPTERS": adapters, "BLOCK": block, "BLOCKS": blocks, "PADDED": 1 << (blocks - 1).bit_length()},
+        scalars={
+            "images": images,
+            "numel": numel,
+            "scale": float(scale),
+            "rescale": float(rescale),
+            "blocks": blocks,
+        },
+        constexprs={"ADAPTERS": adapters, "BLOCK": BLOCK, "PADDED": max(64, 1 << (blocks - 1).bit_length())},
         grid=(blocks, images, 1),
         num_warps=4,
         num_stages=1,
@@ -183,11 +188,6 @@ def guided_launch(adapters: int, images: int, numel: int, dtype: torch.dtype, sc
         unique_bytes=moved + 8 * adapters * images + (16 * images * blocks if rescale else 0),
         flops=images * numel * (4 * adapters + 4),
     )
-
-
-def _block(dtype: torch.dtype) -> int:
-    # one 16-byte access per thread and adapter: the adapters' loads are in flight together
-    return 128 * 16 // dtype.itemsize
 
 
 def _combine_body(noise: Tensor, coefficients: Tensor, backend: str) -> Tensor:

@@ -16,8 +16,8 @@ from cmlora_kernels.triton_shim import tl, triton
 
 @triton.jit
 def select_kernel(
-    share_ptr, dominant_ptr, weights_ptr, gate, early, late, dominant_weight, other_weight, rows,
-    ADAPTERS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_ADAPTERS: tl.constexpr,
+    share_ptr, dominant_ptr, weights_ptr, gate, early, late, dominant_weight, other_weight, rows, adapters,
+    BLOCK_ROWS: tl.constexpr, BLOCK_ADAPTERS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     share = tl.load(share_ptr + row, row < rows, 0.0)
@@ -25,7 +25,7 @@ def select_kernel(
     tl.store(dominant_ptr + row, chosen, row < rows)
     adapter = tl.arange(0, BLOCK_ADAPTERS)[:, None]
     weight = tl.where(adapter == chosen[None, :], dominant_weight, other_weight)  # [BLOCK_ADAPTERS, BLOCK_ROWS]
-    tl.store(weights_ptr + adapter * rows + row[None, :], weight, (adapter < ADAPTERS) & (row[None, :] < rows))
+    tl.store(weights_ptr + adapter * rows + row[None, :], weight, (adapter < adapters) & (row[None, :] < rows))
 
 
 def select_definition(
@@ -42,7 +42,7 @@ def select_launch(
     rows: int, gate: float, early: int, late: int, adapters: int, dominant_weight: float, other_weight: float
 ) -> Launch:
     """The launch of `select_kernel`."""
-    block_rows = min(128, padded(rows, 1))
+    block_rows = min(128, padded(rows))
     return Launch(
         kernel=select_kernel,
         name=f"select {rows} rows of {adapters}",
@@ -55,8 +55,9 @@ def select_launch(
             "dominant_weight": float(dominant_weight),
             "other_weight": float(other_weight),
             "rows": rows,
+            "adapters": adapters,
         },
-        constexprs={"ADAPTERS": adapters, "BLOCK_ROWS": block_rows, "BLOCK_ADAPTERS": padded(adapters, 1)},
+        constexprs={"BLOCK_ROWS": block_rows, "BLOCK_ADAPTERS": padded(adapters, 8)},
         grid=(-(-rows // block_rows), 1, 1),
         num_warps=1,
         num_stages=1,

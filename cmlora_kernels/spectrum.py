@@ -84,17 +84,17 @@ def _amplitude(
 @triton.jit
 def spectrum_kernel(
     x_ptr, dft_w_ptr, dft_h_ptr, order_ptr, partial_ptr,
-    stride_row, stride_channel, stride_y, images,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, MEAN_OVER: tl.constexpr, GROUP: tl.constexpr, LENGTH: tl.constexpr,
+    stride_row, stride_channel, stride_y, images, group_images,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, MEAN_OVER: tl.constexpr, LENGTH: tl.constexpr,
     BLOCK_H: tl.constexpr, CHUNK_H: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK_W: tl.constexpr, BLOCK_K: tl.constexpr,
     TABLE_K: tl.constexpr, BLOCK_BINS: tl.constexpr, CHUNK_LENGTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Amplitude sums per bin over one block of columns of GROUP images of one row: partial [row, group, block, bin]."""
+    """Amplitudes of one block of columns of a group of images, summed per bin: partial [row, group, block, bin]."""
     block, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     amplitude = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
-    x_ptr += row * stride_row + group.to(tl.int64) * GROUP * stride_channel
-    for image in range(tl.minimum(images - group * GROUP, GROUP)):
+    x_ptr += row * stride_row + group.to(tl.int64) * group_images * stride_channel
+    for image in range(tl.minimum(images - group * group_images, group_images)):
         amplitude += _amplitude(
             x_ptr + image * stride_channel, dft_w_ptr, dft_h_ptr, k, stride_channel, stride_y,
             HEIGHT, WIDTH, MEAN_OVER, BLOCK_H, CHUNK_H, BLOCK_W, CHUNK_W, TABLE_K, PRECISION,
@@ -117,32 +117,31 @@ def spectrum_kernel(
 @triton.jit
 def finish_kernel(
     partial_ptr, scale_ptr, profile_ptr, share_ptr, dominant_ptr, weights_ptr,
-    gate, early, late, dominant_weight, other_weight,
-    PARTS: tl.constexpr, BINS: tl.constexpr, FIRST_HIGH: tl.constexpr, ADAPTERS: tl.constexpr,
+    gate, early, late, dominant_weight, other_weight, parts, bins, first_high, adapters,
     BLOCK_PARTS: tl.constexpr, BLOCK_BINS: tl.constexpr, BLOCK_ADAPTERS: tl.constexpr,
 ):  # fmt: skip
     """One row's partial sums -> profile, high-frequency share, dominant adapter and weights, whichever is asked for."""
     row = tl.program_id(0).to(tl.int64)
-    bins = tl.arange(0, BLOCK_BINS)
+    bin = tl.arange(0, BLOCK_BINS)
     profile = tl.zeros((BLOCK_BINS,), tl.float32)
-    for start in range(0, PARTS, BLOCK_PARTS):
+    for start in range(0, parts, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)[:, None]
-        sums = tl.load(partial_ptr + (row * PARTS + part) * BLOCK_BINS + bins[None, :], part < PARTS, 0.0)
+        sums = tl.load(partial_ptr + (row * parts + part) * BLOCK_BINS + bin[None, :], part < parts, 0.0)
         profile += tl.sum(sums, 0)
-    profile *= tl.load(scale_ptr + bins)
+    profile *= tl.load(scale_ptr + bin)
     profile /= tl.max(profile, 0)
     if profile_ptr is not None:
-        tl.store(profile_ptr + row * BINS + bins, profile, bins < BINS)
+        tl.store(profile_ptr + row * bins + bin, profile, bin < bins)
     if share_ptr is not None:
-        high = (bins >= FIRST_HIGH) & (bins < BINS)
-        share = tl.sum(tl.where(high, profile, 0.0), 0) / (BINS - FIRST_HIGH)
+        high = (bin >= first_high) & (bin < bins)
+        share = tl.sum(tl.where(high, profile, 0.0), 0) / (bins - first_high)
         tl.store(share_ptr + row, share)
         if dominant_ptr is not None:
             chosen = tl.where(share >= gate, early, late).to(tl.int64)
             tl.store(dominant_ptr + row, chosen)
             adapter = tl.arange(0, BLOCK_ADAPTERS)
             weight = tl.where(adapter == chosen, dominant_weight, other_weight)
-            tl.store(weights_ptr + adapter * tl.num_programs(0) + row, weight, adapter < ADAPTERS)
+            tl.store(weights_ptr + adapter * tl.num_programs(0) + row, weight, adapter < adapters)
 
 
 def profile_definition(x: Tensor, channel_mean: bool) -> Tensor:
@@ -206,12 +205,17 @@ def spectrum_launch(
             "order_ptr": "*i32",
             "partial_ptr": "*fp32",
         },
-        scalars={"stride_row": stride[0], "stride_channel": stride[1], "stride_y": stride[2], "images": images},
+        scalars={
+            "stride_row": stride[0],
+            "stride_channel": stride[1],
+            "stride_y": stride[2],
+            "images": images,
+            "group_images": group,
+        },
         constexprs={
             "HEIGHT": height,
             "WIDTH": width,
             "MEAN_OVER": mean_over,
-            "GROUP": group,
             "LENGTH": length,
             "BLOCK_H": block_h,
             "CHUNK_H": chunk_h,
@@ -236,8 +240,11 @@ def spectrum_launch(
 
 
 def group_size(rows: int, images: int) -> int:
-    """Images that one program adds up: as many as leave 512 groups, over twice the programs any target runs at once."""
-    return max(1, min(16, rows * images // 512))
+    """Images that one program adds up: as many as leave 512 groups, over twice the programs any target runs at once.
+
+    15 at most: Triton would compile once more for a multiple of 16.
+    """
+    return max(1, min(15, rows * images // 512))
 
 
 @functools.lru_cache(maxsize=256)
@@ -275,16 +282,12 @@ def finish_launch(
             "late": float(late),
             "dominant_weight": float(dominant_weight),
             "other_weight": float(other_weight),
+            "parts": parts,
+            "bins": bins,
+            "first_high": 0 if cutoff is None else first_high_bin(bins, cutoff),
+            "adapters": adapters,
         },
-        constexprs={
-            "PARTS": parts,
-            "BINS": bins,
-            "FIRST_HIGH": 0 if cutoff is None else first_high_bin(bins, cutoff),
-            "ADAPTERS": adapters,
-            "BLOCK_PARTS": min(16, padded(parts, 1)),
-            "BLOCK_BINS": block_bins,
-            "BLOCK_ADAPTERS": padded(adapters, 1),
-        },
+        constexprs={"BLOCK_PARTS": 16, "BLOCK_BINS": block_bins, "BLOCK_ADAPTERS": padded(adapters, 8)},
         grid=(rows, 1, 1),
         num_warps=1,
         num_stages=1,
