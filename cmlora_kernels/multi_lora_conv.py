@@ -210,12 +210,20 @@ def conv_add_launch(problem: ConvProblem, arch: str, strides: tuple[int, ...] = 
 
 
 def _counts(p: ConvProblem, tiles_m: int, pieces: int) -> tuple[int, int, int]:
-    """Flops; elements counted once; elements loaded and stored by all programs. Padding pixels count as loaded."""
+    """Flops; elements counted once; elements loaded and stored by all programs. Padding is neither read nor counted."""
     (height, width), taps = p.out_size(), p.kernel[0] * p.kernel[1]
     m, k = p.rows * height * width, p.channels * taps
     once = p.rows * p.channels * p.height * p.width + 2 * m * p.out + p.adapters * p.rank * (k + p.out)
-    issued = pieces * k * (m + tiles_m * p.rank) + 2 * m * p.out + tiles_m * p.out * p.rank
+    x = p.rows * p.channels * _inside(p, 0, height) * _inside(p, 1, width)
+    issued = pieces * (x + tiles_m * p.rank * k) + 2 * m * p.out + tiles_m * p.out * p.rank
     return 2 * m * p.rank * (k + p.out), once, issued
+
+
+def _inside(p: ConvProblem, axis: int, outputs: int) -> int:
+    """Pairs of output and tap along one axis that fall on the image, not on its padding."""
+    size, reach = (p.height, p.width)[axis], range(outputs)
+    first = [tap * p.dilation[axis] - p.padding[axis] for tap in range(p.kernel[axis])]
+    return sum(0 <= start + output * p.stride[axis] < size for start in first for output in reach)
 
 
 def _channels_last_strides(p: ConvProblem) -> tuple[int, ...]:

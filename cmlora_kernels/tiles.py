@@ -130,7 +130,7 @@ def family(arch: str) -> str:
 # wmma every fp32 number is three bf16 ones (bf16x6), and no tile holds rank 64.
 _LINEAR: dict[tuple[str, bool], dict[int, tuple[int, int, int, int]]] = {
     ("mma", True): {16: (64, 128, 64, 4), 32: (128, 128, 64, 8), 64: (128, 128, 64, 8), 128: (64, 64, 64, 8)},
-    ("mma", False): {16: (32, 64, 32, 4), 32: (32, 64, 32, 4), 64: (32, 64, 32, 4), 128: (32, 64, 32, 8)},
+    ("mma", False): {16: (32, 64, 32, 4), 32: (32, 64, 16, 4), 64: (32, 64, 32, 4), 128: (32, 64, 32, 8)},
     ("wgmma", True): {16: (128, 128, 64, 4), 32: (128, 128, 64, 8), 64: (128, 128, 64, 8), 128: (128, 64, 64, 8)},
     ("wgmma", False): {16: (64, 64, 32, 4), 32: (64, 64, 32, 4), 64: (64, 64, 32, 4), 128: (64, 64, 32, 8)},
     ("mfma", True): {16: (128, 128, 64, 4), 32: (128, 128, 64, 8), 64: (128, 128, 64, 8), 128: (128, 64, 64, 8)},
@@ -161,6 +161,8 @@ def linear_tile(p: Problem, arch: str) -> Tile:
         block_m //= 2
     if 2 * block_m <= most_m:
         warps = 4  # half the accumulator is left
+    elif p.rank == 0 and size == 4 and family(arch) == "wgmma":
+        warps = 8  # sm_100 spills with four; there is no A to copy
     per_stage = (block_m + block_n + rank) * block_k * size
     return Tile(block_m, block_n, block_k, warps, _stages(arch, per_stage, (block_m + block_n) * rank * size))
 
@@ -174,7 +176,8 @@ def add_tile(p: Problem, arch: str) -> Tile:
         block_k = 32 if size == 2 else 16  # two tiles of 64 do not fit its 256 registers
     per_stage = (block_m + rank) * block_k * size
     stages = _stages(arch, per_stage, (block_m + 64) * rank * size)
-    warps = 8 if rank * size >= 256 else 4
+    # Four warps spill at rank 32 on sm_100, where accumulators come back from tensor memory all at once.
+    warps = 8 if rank * size >= 256 or (arch == "sm_100" and rank > 16) else 4
     block_n = 32 if family(arch) == "wmma" and size == 4 else 64
     return Tile(block_m, block_n, block_k, warps, stages)
 
