@@ -17,6 +17,7 @@ from torch import Tensor
 from cmlora_kernels.dispatch import Backend, check_backend, register, use_triton
 from cmlora_kernels.launch import POINTER, Launch, arch_of
 from cmlora_kernels.radial import bin_means, bin_scales, dft_matrices, number_of_bins, order_table, radial_order
+from cmlora_kernels.tiles import dot_precision
 from cmlora_kernels.triton_shim import tl, triton
 
 MAX_SIZE = 128  # beyond it the accumulators of a block of columns no longer fit the registers: the definition runs
@@ -225,7 +226,7 @@ def spectrum_launch(
             "TABLE_K": blocks * block_k,
             "BLOCK_BINS": block_bins,
             "CHUNK_LENGTH": chunk_length,
-            "PRECISION": "tf32x3" if arch.startswith("sm_") else "ieee",
+            "PRECISION": dot_precision(torch.float32, arch),
         },
         grid=(blocks, groups, rows),
         num_warps=4 if block_h <= 64 else 8,
