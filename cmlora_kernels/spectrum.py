@@ -185,7 +185,8 @@ def spectrum_launch(
     """The launch of `spectrum_kernel` on x [rows, channels, height, width], contiguous along width."""
     rows, channels, height, width = shape
     block_h, block_w, block_k = padded(height), padded(width), 16
-    chunk_h, chunk_w, chunk_length = min(32, block_h), min(32, block_w), 16
+    rdna = arch.startswith("gfx1")  # bf16x6 holds every operand six times over: half the chunk, twice the warps
+    chunk_h, chunk_w, chunk_length = min(16 if rdna else 32, block_h), min(16 if rdna else 32, block_w), 16
     bins = number_of_bins(height, width)
     block_bins = padded(bins)
     order = radial_order(height, width, block_h, block_k, chunk_length)
@@ -229,7 +230,7 @@ def spectrum_launch(
             "PRECISION": dot_precision(torch.float32, arch),
         },
         grid=(blocks, groups, rows),
-        num_warps=4 if block_h <= 64 else 8,
+        num_warps=8 if block_h > (16 if rdna else 64) else 4,
         num_stages=2,
         bytes=rows * blocks * (images * (per_image + tables) + groups * block_bins * length * 4) + once,
         unique_bytes=rows * channels * height * width * dtype.itemsize
