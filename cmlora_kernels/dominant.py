@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cmlora_kernels.dispatch import Backend, check_backend, register, use_triton
 from cmlora_kernels.launch import Launch
-from cmlora_kernels.radial import bin_scales
-from cmlora_kernels.spectrum import check_image, finish_launch, fits, padded, partial_sums, share_definition
+from cmlora_kernels.radial import bin_scales, padded
+from cmlora_kernels.spectrum import check_image, finish_launch, fits, partial_sums, share_definition
 from cmlora_kernels.triton_shim import tl, triton
 
 

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def padded(size: int, least: int = 16) -> int:
+    """The next power of two, at least `least`: what tl.arange and tl.dot take."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
 def number_of_bins(height: int, width: int) -> int:
     """1 + floor(largest radius)."""
     return 1 + math.isqrt((height // 2) ** 2 + (width // 2) ** 2)

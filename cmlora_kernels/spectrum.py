@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cmlora_kernels.dispatch import Backend, check_backend, register, use_triton
 from cmlora_kernels.launch import POINTER, Launch, arch_of
-from cmlora_kernels.radial import bin_means, bin_scales, dft_matrices, number_of_bins, order_table, radial_order
+from cmlora_kernels.radial import bin_means, bin_scales, dft_matrices, number_of_bins, order_table, padded, radial_order
 from cmlora_kernels.tiles import dot_precision
 from cmlora_kernels.triton_shim import tl, triton
 
@@ -173,11 +173,6 @@ def first_high_bin(bins: int, cutoff: float) -> int:
     return min(math.floor(cutoff * (bins - 1)) + 1, bins - 1)
 
 
-def padded(size: int, least: int = 16) -> int:
-    """The next power of two, at least `least`: what tl.arange and tl.dot take."""
-    return max(least, 1 << (size - 1).bit_length())
-
-
 @functools.lru_cache(maxsize=256)
 def spectrum_launch(
     shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, channel_mean: bool, arch: str
@@ -185,7 +180,8 @@ def spectrum_launch(
     """The launch of `spectrum_kernel` on x [rows, channels, height, width], contiguous along width."""
     rows, channels, height, width = shape
     block_h, block_w, block_k = padded(height), padded(width), 16
-    rdna = arch.startswith("gfx1")  # bf16x6 holds every operand six times over: half the chunk, twice the warps
+    rdna = arch.startswith("gfx1")  # bf16x6 splits every operand in three: half the chunk, twice the warps, or spills
+    exact = rdna and block_h <= 64  # there even so: unrolled, its parts overflow the registers; plain FMAs fit
     chunk_h, chunk_w, chunk_length = min(16 if rdna else 32, block_h), min(16 if rdna else 32, block_w), 16
     bins = number_of_bins(height, width)
     block_bins = padded(bins)
@@ -227,7 +223,7 @@ def spectrum_launch(
             "TABLE_K": blocks * block_k,
             "BLOCK_BINS": block_bins,
             "CHUNK_LENGTH": chunk_length,
-            "PRECISION": dot_precision(torch.float32, arch),
+            "PRECISION": "ieee" if exact else dot_precision(torch.float32, arch),
         },
         grid=(blocks, groups, rows),
         num_warps=8 if block_h > (16 if rdna else 64) else 4,
