@@ -180,8 +180,8 @@ def spectrum_launch(
     """The launch of `spectrum_kernel` on x [rows, channels, height, width], contiguous along width."""
     rows, channels, height, width = shape
     block_h, block_w, block_k = padded(height), padded(width), 16
-    rdna = arch.startswith("gfx1")  # bf16x6 splits every operand in three: half the chunk, twice the warps, or spills
-    exact = rdna and block_h <= 64  # there even so: unrolled, its parts overflow the registers; plain FMAs fit
+    # RDNA multiplies fp32 by plain FMAs here (bf16x6 spills): half the chunk, twice the warps
+    rdna = arch.startswith("gfx1")
     chunk_h, chunk_w, chunk_length = min(16 if rdna else 32, block_h), min(16 if rdna else 32, block_w), 16
     bins = number_of_bins(height, width)
     block_bins = padded(bins)
@@ -223,10 +223,10 @@ def spectrum_launch(
             "TABLE_K": blocks * block_k,
             "BLOCK_BINS": block_bins,
             "CHUNK_LENGTH": chunk_length,
-            "PRECISION": "ieee" if exact else dot_precision(torch.float32, arch),
+            "PRECISION": "ieee" if rdna else dot_precision(torch.float32, arch),
         },
         grid=(blocks, groups, rows),
-        num_warps=8 if block_h > (16 if rdna else 64) else 4,
+        num_warps=(4 if block_h <= (16 if rdna else 64) else 8) * (2 if rdna and block_h > 64 else 1),
         num_stages=2,
         bytes=rows * blocks * (images * (per_image + tables) + groups * block_bins * length * 4) + once,
         unique_bytes=rows * channels * height * width * dtype.itemsize
