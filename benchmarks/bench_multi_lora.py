@@ -164,9 +164,7 @@ def test_print_predictions(capsys: pytest.CaptureFixture[str]) -> None:
             best = choose(p, PREDICTED_FOR)
             listed = ", ".join(f"{c.strategy} {c.bytes / 1e6:.0f} MB {c.seconds * 1e6:.0f}" for c in rivals)
             print(f"  {name}: {listed}; {best.strategy} over peft {rivals[-1].seconds / best.seconds:.1f}x predicted")
-        print(
-            f"  SDXL, one LoRA, rank 16, two rows: {sdxl_lora_bytes() / 1e9:.2f} GB of LoRA traffic per UNet call, counted"
-        )
+        print(f"  SDXL, one LoRA, rank 16, two rows: {sdxl_lora_bytes() / 1e9:.2f} GB of LoRA traffic a call, counted")
 
 
 def sdxl_lora_bytes() -> int:

@@ -7,6 +7,7 @@ shape, dtype, arch) returns its `Launch`; the launcher caches that and calls it 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ class Launch:
 
     kernel: Any
     name: str
-    tensors: dict[str, str | None]
+    tensors: Mapping[str, str | None]
     scalars: dict[str, int | float]
     constexprs: dict[str, Any]
     grid: tuple[int, int, int]

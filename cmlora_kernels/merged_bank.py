@@ -104,9 +104,7 @@ def merged_launch(problem: Problem, arch: str, strides: tuple[int, ...] = ()) ->
             **dict(zip(names, strides, strict=True)),
         },
         constexprs={
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_K": tile.block_k,
+            **tile.blocks(),
             "GROUP": tile.group,
             "EVEN_K": p.inner % tile.block_k == 0,
             "PRECISION": dot_precision(p.dtype, arch),

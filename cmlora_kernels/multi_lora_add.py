@@ -112,14 +112,8 @@ def add_launch(problem: Problem, arch: str, strides: tuple[int, ...] = ()) -> La
     return Launch(
         kernel=add_kernel,
         name=f"add {p.describe()}",
-        tensors={
-            "y_ptr": pointer,
-            "x_ptr": pointer,
-            "slots_ptr": "*i64",
-            "a_ptr": pointer,
-            "b_ptr": pointer,
-            "scales_ptr": "*fp32",
-        },
+        tensors={"y_ptr": pointer, "x_ptr": pointer}
+        | {"slots_ptr": "*i64", "a_ptr": pointer, "b_ptr": pointer, "scales_ptr": "*fp32"},
         scalars={
             "tokens": p.tokens,
             "inner": p.inner,
@@ -130,9 +124,7 @@ def add_launch(problem: Problem, arch: str, strides: tuple[int, ...] = ()) -> La
         },
         constexprs={
             "PARTS": p.parts,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_K": tile.block_k,
+            **tile.blocks(),
             "BLOCK_R": rank_bucket(p.rank),
             "GROUP": tile.group,
             "EVEN_K": p.inner % tile.block_k == 0,

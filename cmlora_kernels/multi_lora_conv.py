@@ -165,14 +165,8 @@ def conv_add_launch(problem: ConvProblem, arch: str, strides: tuple[int, ...] = 
     return Launch(
         kernel=conv_add_kernel,
         name=f"conv{p.kernel[0]}x{p.kernel[1]} {linear.describe()}",
-        tensors={
-            "y_ptr": pointer,
-            "x_ptr": pointer,
-            "slots_ptr": "*i64",
-            "a_ptr": pointer,
-            "b_ptr": pointer,
-            "scales_ptr": "*fp32",
-        },
+        tensors={"y_ptr": pointer, "x_ptr": pointer}
+        | {"slots_ptr": "*i64", "a_ptr": pointer, "b_ptr": pointer, "scales_ptr": "*fp32"},
         scalars={
             "pixels": pixels,
             "out_width": width,
@@ -185,17 +179,8 @@ def conv_add_launch(problem: ConvProblem, arch: str, strides: tuple[int, ...] = 
             **dict(zip(_STRIDES, strides or _channels_last_strides(p), strict=True)),
         },
         constexprs={
-            "KERNEL_H": p.kernel[0],
-            "KERNEL_W": p.kernel[1],
-            "STRIDE_H": p.stride[0],
-            "STRIDE_W": p.stride[1],
-            "PAD_H": p.padding[0],
-            "PAD_W": p.padding[1],
-            "DILATION_H": p.dilation[0],
-            "DILATION_W": p.dilation[1],
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_K": tile.block_k,
+            **_geometry(p),
+            **tile.blocks(),
             "BLOCK_R": rank_bucket(p.rank),
             "GROUP": tile.group,
             "PRECISION": dot_precision(p.dtype, arch),
@@ -207,6 +192,11 @@ def conv_add_launch(problem: ConvProblem, arch: str, strides: tuple[int, ...] = 
         unique_bytes=size * once + 8 * p.rows + 4 * p.adapters,
         flops=flops,
     )
+
+
+def _geometry(p: ConvProblem) -> dict[str, int]:
+    named = {"KERNEL": p.kernel, "STRIDE": p.stride, "PAD": p.padding, "DILATION": p.dilation}
+    return {f"{name}_{axis}": value for name, pair in named.items() for axis, value in zip("HW", pair, strict=True)}
 
 
 def _counts(p: ConvProblem, tiles_m: int, pieces: int) -> tuple[int, int, int]:

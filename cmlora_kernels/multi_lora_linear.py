@@ -90,6 +90,9 @@ def linear_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
+_STRIDES = ("x_row", "x_token", "x_inner", "w_out", "a_slot", "a_rank", "b_slot", "b_out", "y_row", "y_token", "y_out")
+
+
 @functools.lru_cache(maxsize=4096)
 def linear_launch(problem: Problem, arch: str, strides: tuple[int, ...] = ()) -> Launch:
     """The launch for one shape.
@@ -103,46 +106,24 @@ def linear_launch(problem: Problem, arch: str, strides: tuple[int, ...] = ()) ->
     p, rank = problem, rank_bucket(problem.rank)
     tile, out, size = linear_tile(p, arch), p.outer // p.parts, p.dtype.itemsize
     tiles_m, tiles_n = p.rows * cdiv(p.tokens, tile.block_m), p.parts * cdiv(out, tile.block_n)
-    x_row, x_token, x_inner, w_out, a_slot, a_rank, b_slot, b_out, y_row, y_token, y_out = (
-        strides or contiguous_strides(p)
-    )
     pointer = POINTER[p.dtype]
     flops, once, issued = _counts(p, tiles_m, tiles_n, out)
     return Launch(
         kernel=linear_kernel,
         name=f"linear {p.describe()}",
-        tensors={
-            "x_ptr": pointer,
-            "w_ptr": pointer,
-            "bias_ptr": pointer if p.bias else None,
-            "slots_ptr": "*i64",
-            "a_ptr": pointer,
-            "b_ptr": pointer,
-            "scales_ptr": "*fp32",
-            "y_ptr": pointer,
-        },
+        tensors={"x_ptr": pointer, "w_ptr": pointer}
+        | {"bias_ptr": pointer if p.bias else None, "slots_ptr": "*i64", "a_ptr": pointer, "b_ptr": pointer}
+        | {"scales_ptr": "*fp32", "y_ptr": pointer},
         scalars={
             "tokens": p.tokens,
             "inner": p.inner,
             "out": out,
             "rank": p.rank,
-            "x_row": x_row,
-            "x_token": x_token,
-            "x_inner": x_inner,
-            "w_out": w_out,
-            "a_slot": a_slot,
-            "a_rank": a_rank,
-            "b_slot": b_slot,
-            "b_out": b_out,
-            "y_row": y_row,
-            "y_token": y_token,
-            "y_out": y_out,
+            **dict(zip(_STRIDES, strides or contiguous_strides(p), strict=True)),
         },
         constexprs={
             "PARTS": p.parts,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_K": tile.block_k,
+            **tile.blocks(),
             "BLOCK_R": rank,
             "GROUP": tile.group,
             "EVEN_K": p.inner % tile.block_k == 0,

@@ -57,6 +57,10 @@ class Tile:
     num_stages: int
     group: int = 8
 
+    def blocks(self) -> dict[str, int]:
+        """The kernel's constexprs BLOCK_M, BLOCK_N and BLOCK_K."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -163,6 +167,8 @@ def linear_tile(p: Problem, arch: str) -> Tile:
         warps = 4  # half the accumulator is left
     elif p.rank == 0 and size == 4 and family(arch) == "wgmma":
         warps = 8  # sm_100 spills with four; there is no A to copy
+    if arch.startswith("sm_"):
+        block_k = max(block_k, 2048 // (block_m * size))  # 16 bytes of x for each of 128 threads
     per_stage = (block_m + block_n + rank) * block_k * size
     return Tile(block_m, block_n, block_k, warps, _stages(arch, per_stage, (block_m + block_n) * rank * size))
 
@@ -176,9 +182,15 @@ def add_tile(p: Problem, arch: str) -> Tile:
         block_k = 32 if size == 2 else 16  # two tiles of 64 do not fit its 256 registers
     per_stage = (block_m + rank) * block_k * size
     stages = _stages(arch, per_stage, (block_m + 64) * rank * size)
-    # Four warps spill at rank 32 on sm_100, where accumulators come back from tensor memory all at once.
-    warps = 8 if rank * size >= 256 or (arch == "sm_100" and rank > 16) else 4
+    # Four warps spill at rank 32 on sm_100, where accumulators come back from tensor memory all at once; at 16 tokens
+    # eight would copy x 8 bytes at a time.
+    wide = rank * size >= 256 or (arch == "sm_100" and rank > 16)
+    warps = 8 if wide and block_m > 16 else 4
+    if family(arch) == "mfma" and rank * size == 512:
+        stages = 1  # a second tile spills
     block_n = 32 if family(arch) == "wmma" and size == 4 else 64
+    if arch == "sm_100" and rank == 16 and size == 2 and p.outer // p.parts >= 128:
+        block_n = 128  # 64 spills in the convolution
     return Tile(block_m, block_n, block_k, warps, stages)
 
 
@@ -209,10 +221,10 @@ def _stages(arch: str, per_stage: int, after: int) -> int:
     CUDA: 3 of the widest fill half of an H100 unit's shared memory, so two blocks share it and one's end hides under
     the other's loop. CDNA: 2, one in registers and one in LDS. RDNA: 1, registers are what it lacks.
     """
-    most = {"mma": 3, "wgmma": 3, "mfma": 2, "wmma": 1}[family(arch)]
-    limit = chip(arch).shared
-    held = 1 if family(arch) == "mfma" else 0
-    return next((n for n in range(most, 1, -1) if (n - held) * per_stage + after <= limit), 1)
+    kind, limit = family(arch), chip(arch).shared
+    if kind == "mfma":
+        return 2 if max(per_stage, after) <= limit else 1
+    return next((n for n in (3, 2) if kind != "wmma" and n * per_stage + after <= limit), 1)
 
 
 def _pow2(size: int, least: int, most: int) -> int:
@@ -232,7 +244,8 @@ class Cost:
     """What one strategy costs for one layer: `seconds` is predicted; bytes, flops and launches are counted.
 
     Attributes:
-        strategy: "fused" (base GEMM and update in one kernel), "add" (cuBLAS, then y += update) or "merged" (W + dW).
+        strategy: "fused" (base GEMM and update in one kernel), "add" (cuBLAS, then y += update), "merged" (W + dW), or
+            "definition" (cuBLAS and two batched GEMMs) for ranks that no kernel serves.
         memory: bytes that the strategy keeps beside the model and the adapters.
     """
 
@@ -265,10 +278,16 @@ def costs(p: Problem, arch: str) -> tuple[Cost, ...]:
         "merged",
         [(_padded_flops(p._replace(rank=0, parts=1), arch, 0), x + y + weights * weight, triton)],
         base_flops,
-        size * p.adapters * weight,
+        size * (p.adapters + 1) * weight,  # the bank holds the base weight too
     )
     if not supports(p.rank, p.dtype, arch):
-        return (merged,)
+        down = m * p.rank * p.parts
+        shrink = (2.0 * down * p.inner, x + down + weights * update, blas)
+        expand = (2.0 * m * p.rank * p.outer, down + 2 * y, blas)
+        definition = cost(
+            "definition", [(base_flops, x + y + weight, blas), shrink, expand], base_flops + 2 * m * update
+        )
+        return tuple(sorted((definition, merged), key=lambda option: option.seconds))
     lora, rank, block_m = weights * update, rank_bucket(p.rank), add_tile(p, arch).block_m
     add_work = 2 * p.rows * cdiv(p.tokens, block_m) * block_m * rank * (p.inner * p.parts + p.outer)
     flops = base_flops + 2 * m * update
@@ -277,8 +296,9 @@ def costs(p: Problem, arch: str) -> tuple[Cost, ...]:
     return tuple(sorted((fused, add, merged), key=lambda option: option.seconds))
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(p: Problem, arch: str, budget: int = 0) -> Cost:
-    """The cheapest strategy that keeps at most `budget` bytes; raises StopIteration for a rank that none serves."""
+    """The cheapest strategy that keeps at most `budget` bytes."""
     return next(option for option in costs(p, arch) if option.memory <= budget)
 
 

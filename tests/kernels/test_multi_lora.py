@@ -290,8 +290,9 @@ def test_cost_model_keeps_narrow_layers_fused_and_wide_ones_with_cublas() -> Non
 
     assert [pick(4096, 640, 640), pick(1024, 1280, 1280), pick(1024, 1280, 10240)] == ["fused"] * 3
     assert [pick(1024, 5120, 1280), pick(1024, 1280, 1280, rank=128)] == ["add"] * 2
-    assert pick(1024, 1280, 1280, budget=1280 * 1280 * 2) == "merged"
-    assert pick(1024, 1280, 1280, budget=1280 * 1280 * 2 - 1) == "fused"
+    assert pick(1024, 1280, 1280, budget=2 * 1280 * 1280 * 2) == "merged"
+    assert pick(1024, 1280, 1280, budget=2 * 1280 * 1280 * 2 - 1) == "fused"
+    assert pick(1024, 1280, 1280, rank=129) == "definition"
 
 
 def test_costs_count_bytes_flops_and_launches() -> None:
@@ -301,5 +302,5 @@ def test_costs_count_bytes_flops_and_launches() -> None:
     assert counted == {
         "fused": (2 * (x + y + weight + lora), 2 * 128 * (32 * 48 + 4 * 80), 1, 0),
         "add": (2 * (2 * x + 3 * y + weight + lora), 2 * 128 * (32 * 48 + 4 * 80), 2, 0),
-        "merged": (2 * (x + y + weight), 2 * 128 * 32 * 48, 1, 2 * weight),
+        "merged": (2 * (x + y + weight), 2 * 128 * 32 * 48, 1, 2 * 2 * weight),
     }
