@@ -221,7 +221,7 @@ COLUMNS = {
 def write_table(rows: Iterable[KernelReport], file: TextIO | None = None) -> None:
     """Write rows as they come; widths are fixed, so the first appears before the last is compiled."""
     file = file or sys.stdout
-    widths = [24, 8, 9, 44, 5, 5, 7, 6, 9, 8, 8, 9, 8, 8]
+    widths = [27, 8, 9, 52, 5, 5, 7, 6, 9, 8, 8, 9, 8, 8]
     file.write("".join(f"{title:<{w}}" for title, w in zip(COLUMNS.values(), widths, strict=True)).rstrip() + "\n")
     for row in rows:
         values = {**row.as_dict(), "bytes": f"{row.bytes / 1e6:.1f}", "occupancy": f"{row.occupancy:.0%}"}
