@@ -1,13 +1,16 @@
 """Kernels for several LoRAs in one batch. torch and triton only; knows no diffusers and no pipeline."""
 
-from cmlora_kernels.combine_noise import combine_noise
+from cmlora_kernels.combine_noise import combine_guided_noise, combine_noise
+from cmlora_kernels.dominant import dominant_from_latents, select_dominant
 from cmlora_kernels.feature_bank import gather_concat, scatter_rows
 from cmlora_kernels.merged_bank import merge_weights, merged_linear
 from cmlora_kernels.multi_lora import multi_lora_add_, multi_lora_conv2d, multi_lora_linear
-from cmlora_kernels.spectrum import high_frequency_share, radial_profile, select_dominant
+from cmlora_kernels.spectrum import high_frequency_share, radial_profile
 
 __all__ = [
+    "combine_guided_noise",
     "combine_noise",
+    "dominant_from_latents",
     "gather_concat",
     "high_frequency_share",
     "merge_weights",

@@ -1,7 +1,9 @@
-"""Radial amplitude spectra of latents, and the choice of the dominant adapter that follows from them.
+"""Radial amplitude spectra of latents and feature maps.
 
 amplitude = |DFT2(x)| with the zero frequency at (H // 2, W // 2); bin r = mean amplitude where floor(radius) == r;
 the profile is divided by its largest bin (the relative amplitudes of CMLoRA, arXiv 2502.04923).
+
+On the GPU the transform is two products with DFT matrices, and only amplitude sums per bin leave a program.
 """
 
 from __future__ import annotations
@@ -12,38 +14,147 @@ import math
 import torch
 from torch import Tensor
 
-from cmlora_kernels.dispatch import Backend, check_backend, register
+from cmlora_kernels.dispatch import Backend, check_backend, register, use_triton
+from cmlora_kernels.launch import POINTER, Launch, arch_of
+from cmlora_kernels.radial import bin_means, bin_scales, dft_matrices, number_of_bins, order_table, padded, radial_order
+from cmlora_kernels.tiles import dot_precision
+from cmlora_kernels.triton_shim import tl, triton
+
+MAX_SIZE = 128  # beyond it the accumulators of a block of columns no longer fit the registers: the definition runs
 
 
-@functools.lru_cache(maxsize=32)
-def radial_bins(height: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Bin of every frequency of an unshifted [height, width] spectrum, row by row, and the number in each bin."""
-    bins = []
-    for y in range(height):
-        dy = (y + height // 2) % height - height // 2
-        for x in range(width):
-            dx = (x + width // 2) % width - width // 2
-            bins.append(math.isqrt(dy * dy + dx * dx))
-    counts = [0] * (max(bins) + 1)
-    for r in bins:
-        counts[r] += 1
-    return tuple(bins), tuple(counts)
+@triton.jit
+def _row_transform(
+    x_ptr, shift, plain, dft_ptr, k, h, stride_channel, stride_y,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, MEAN_OVER: tl.constexpr, BLOCK_W: tl.constexpr,
+    CHUNK_W: tl.constexpr, TABLE_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums of the channels' mean less shift over the rows h, [len(k), len(h)] each; its pixels are added to plain."""
+    cosine = tl.zeros((k.shape[0], h.shape[0]), tl.float32)
+    sine = tl.zeros((k.shape[0], h.shape[0]), tl.float32)
+    for start in range(0, BLOCK_W, CHUNK_W):
+        w = start + tl.arange(0, CHUNK_W)
+        inside = (h[None, :] < HEIGHT) & (w[:, None] < WIDTH)
+        pixel_ptr = x_ptr + h[None, :] * stride_y + w[:, None]
+        pixels = tl.zeros((CHUNK_W, h.shape[0]), tl.float32)  # [CHUNK_W, CHUNK_H]
+        for c in range(MEAN_OVER):
+            pixels += tl.load(pixel_ptr + c * stride_channel, inside, 0.0).to(tl.float32)
+        pixels *= 1.0 / MEAN_OVER
+        plain += pixels
+        pixels = tl.where(inside, pixels - shift, 0.0)
+        table_ptr = dft_ptr + k[:, None] * BLOCK_W + w[None, :]
+        cosine = tl.dot(tl.load(table_ptr), pixels, cosine, input_precision=PRECISION)
+        sine = tl.dot(tl.load(table_ptr + TABLE_K * BLOCK_W), pixels, sine, input_precision=PRECISION)
+    return cosine, sine, plain
 
 
-@functools.lru_cache(maxsize=32)
-def _bin_means(height: int, width: int, device: torch.device) -> Tensor:
-    """[height * width, bins], column r averages the frequencies of bin r: a fixed order of summation, no atomics."""
-    bins, counts = radial_bins(height, width)
-    matrix = torch.zeros(height * width, len(counts))
-    matrix[torch.arange(height * width), torch.tensor(bins)] = 1 / torch.tensor(counts).float()[torch.tensor(bins)]
-    return matrix.to(device)
+@triton.jit
+def _amplitude(
+    x_ptr, dft_w_ptr, dft_h_ptr, k, stride_channel, stride_y,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, MEAN_OVER: tl.constexpr, BLOCK_H: tl.constexpr, CHUNK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr, CHUNK_W: tl.constexpr, TABLE_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """|DFT2| of one image at the columns k: [len(k), BLOCK_H]. Image rows stream through, nothing is kept of them."""
+    # The first pixel is taken off all: a strong mean costs no digits but its own frequency's, which is summed apart.
+    shift = 0.0
+    for c in range(MEAN_OVER):
+        shift += tl.load(x_ptr + c * stride_channel).to(tl.float32)
+    shift *= 1.0 / MEAN_OVER
+    m = tl.arange(0, BLOCK_H)
+    plain = tl.zeros((CHUNK_W, CHUNK_H), tl.float32)
+    real = tl.zeros((k.shape[0], BLOCK_H), tl.float32)
+    imaginary = tl.zeros((k.shape[0], BLOCK_H), tl.float32)
+    for start in range(0, BLOCK_H, CHUNK_H):
+        h = start + tl.arange(0, CHUNK_H)
+        cosine, sine, plain = _row_transform(
+            x_ptr, shift, plain, dft_w_ptr, k, h, stride_channel, stride_y,
+            HEIGHT, WIDTH, MEAN_OVER, BLOCK_W, CHUNK_W, TABLE_K, PRECISION,
+        )  # fmt: skip
+        table_ptr = dft_h_ptr + h[:, None] * BLOCK_H + m[None, :]  # [CHUNK_H, BLOCK_H]
+        dft_cosine = tl.load(table_ptr)
+        dft_sine = tl.load(table_ptr + BLOCK_H * BLOCK_H)
+        real = tl.dot(cosine, dft_cosine, real, input_precision=PRECISION)
+        real = tl.dot(-sine, dft_sine, real, input_precision=PRECISION)
+        imaginary = tl.dot(sine, dft_cosine, imaginary, input_precision=PRECISION)
+        imaginary = tl.dot(cosine, dft_sine, imaginary, input_precision=PRECISION)
+    is_zero = (k[:, None] == 0) & (m[None, :] == 0)
+    real = tl.where(is_zero, tl.sum(plain), real)
+    return tl.sqrt(real * real + imaginary * imaginary)
+
+
+@triton.jit
+def spectrum_kernel(
+    x_ptr, dft_w_ptr, dft_h_ptr, order_ptr, partial_ptr,
+    stride_row, stride_channel, stride_y, images, group_images,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, MEAN_OVER: tl.constexpr, LENGTH: tl.constexpr,
+    BLOCK_H: tl.constexpr, CHUNK_H: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+    TABLE_K: tl.constexpr, BLOCK_BINS: tl.constexpr, CHUNK_LENGTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Amplitudes of one block of columns of a group of images, summed per bin: partial [row, group, block, bin]."""
+    block, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    amplitude = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
+    x_ptr += row * stride_row + group.to(tl.int64) * group_images * stride_channel
+    for image in range(tl.minimum(images - group * group_images, group_images)):
+        amplitude += _amplitude(
+            x_ptr + image * stride_channel, dft_w_ptr, dft_h_ptr, k, stride_channel, stride_y,
+            HEIGHT, WIDTH, MEAN_OVER, BLOCK_H, CHUNK_H, BLOCK_W, CHUNK_W, TABLE_K, PRECISION,
+        )  # fmt: skip
+    # columns without a mirror image among the left-out ones count once, the others twice
+    twice = (k > 0) & (2 * k < WIDTH)
+    flat = tl.reshape(tl.where(twice[:, None], 2 * amplitude, amplitude), [BLOCK_K * BLOCK_H])
+    bins = tl.arange(0, BLOCK_BINS)
+    sums = tl.zeros((BLOCK_BINS,), tl.float32)
+    for start in range(0, LENGTH, CHUNK_LENGTH):
+        member = start + tl.arange(0, CHUNK_LENGTH)
+        place = tl.load(order_ptr + (block * BLOCK_BINS + bins[:, None]) * LENGTH + member[None, :])
+        wanted = tl.reshape(tl.maximum(place, 0), [BLOCK_BINS * CHUNK_LENGTH])
+        found = tl.reshape(tl.gather(flat, wanted, 0), [BLOCK_BINS, CHUNK_LENGTH])
+        sums += tl.sum(tl.where(place >= 0, found, 0.0), 1)
+    part = (row * tl.num_programs(1) + group) * tl.num_programs(0) + block
+    tl.store(partial_ptr + part * BLOCK_BINS + bins, sums)
+
+
+@triton.jit
+def finish_kernel(
+    partial_ptr, scale_ptr, profile_ptr, share_ptr, dominant_ptr, weights_ptr,
+    gate, early, late, dominant_weight, other_weight, parts, bins, first_high, adapters,
+    BLOCK_PARTS: tl.constexpr, BLOCK_BINS: tl.constexpr, BLOCK_ADAPTERS: tl.constexpr,
+):  # fmt: skip
+    """One row's partial sums -> profile, high-frequency share, dominant adapter and weights, whichever is asked for."""
+    row = tl.program_id(0).to(tl.int64)
+    bin = tl.arange(0, BLOCK_BINS)
+    profile = tl.zeros((BLOCK_BINS,), tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)[:, None]
+        sums = tl.load(partial_ptr + (row * parts + part) * BLOCK_BINS + bin[None, :], part < parts, 0.0)
+        profile += tl.sum(sums, 0)
+    profile *= tl.load(scale_ptr + bin)
+    profile /= tl.max(profile, 0)
+    if profile_ptr is not None:
+        tl.store(profile_ptr + row * bins + bin, profile, bin < bins)
+    if share_ptr is not None:
+        high = (bin >= first_high) & (bin < bins)
+        share = tl.sum(tl.where(high, profile, 0.0), 0) / (bins - first_high)
+        tl.store(share_ptr + row, share)
+        if dominant_ptr is not None:
+            chosen = tl.where(share >= gate, early, late).to(tl.int64)
+            tl.store(dominant_ptr + row, chosen)
+            adapter = tl.arange(0, BLOCK_ADAPTERS)
+            weight = tl.where(adapter == chosen, dominant_weight, other_weight)
+            tl.store(weights_ptr + adapter * tl.num_programs(0) + row, weight, adapter < adapters)
 
 
 def profile_definition(x: Tensor, channel_mean: bool) -> Tensor:
     """`radial_profile` in plain torch."""
     x = x.float().mean(1) if channel_mean else x.float()
-    amplitude = torch.fft.fft2(x).abs()
-    profile = amplitude.flatten(-2) @ _bin_means(x.shape[-2], x.shape[-1], x.device)
+    if not x.numel():
+        empty: Tensor = x.new_empty((x.shape[0], number_of_bins(*x.shape[-2:])))
+        return empty
+    mean = x.mean((-2, -1), keepdim=True)  # apart from the rest: a strong one would cost the other bins their digits
+    amplitude = torch.fft.fft2(x - mean).abs()
+    amplitude[..., :1, :1] = mean.abs() * (x.shape[-2] * x.shape[-1])
+    profile = amplitude.flatten(-2) @ bin_means(x.shape[-2], x.shape[-1], x.device)
     if not channel_mean:
         profile = profile.mean(1)
     normalised: Tensor = profile / profile.amax(-1, keepdim=True)
@@ -61,65 +172,182 @@ def first_high_bin(bins: int, cutoff: float) -> int:
     return min(math.floor(cutoff * (bins - 1)) + 1, bins - 1)
 
 
-def select_definition(
-    share: Tensor, gate: float, early: int, late: int, adapters: int, dominant_weight: float, other_weight: float
-) -> tuple[Tensor, Tensor]:
-    """`select_dominant` in plain torch."""
-    dominant = torch.where(share >= gate, early, late)
-    is_dominant = torch.arange(adapters, device=share.device).unsqueeze(1) == dominant
-    return dominant, torch.where(is_dominant, dominant_weight, other_weight)
+@functools.lru_cache(maxsize=256)
+def spectrum_launch(
+    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, channel_mean: bool, arch: str
+) -> Launch:
+    """The launch of `spectrum_kernel` on x [rows, channels, height, width], contiguous along width."""
+    rows, channels, height, width = shape
+    block_h, block_w, block_k = padded(height), padded(width), 16
+    # RDNA multiplies fp32 by plain FMAs here (bf16x6 spills): half the chunk, twice the warps
+    rdna = arch.startswith("gfx1")
+    chunk_h, chunk_w, chunk_length = min(16 if rdna else 32, block_h), min(16 if rdna else 32, block_w), 16
+    bins = number_of_bins(height, width)
+    block_bins = padded(bins)
+    order = radial_order(height, width, block_h, block_k, chunk_length)
+    blocks, length = len(order), len(order[0][0])
+    images, mean_over = (1, channels) if channel_mean else (channels, 1)
+    group = 1 if channel_mean else group_size(rows, images)
+    groups = -(-images // group)
+    per_image = mean_over * (height * width + 1) * dtype.itemsize
+    tables = 2 * 4 * (block_k * block_w * (block_h // chunk_h) + block_h * block_h)
+    once = rows * groups * blocks * block_bins * 4  # the partial sums
+    return Launch(
+        kernel=spectrum_kernel,
+        name=f"spectrum {rows}x{channels}x{height}x{width}{'' if channel_mean else ' each channel'}",
+        tensors={
+            "x_ptr": POINTER[dtype],
+            "dft_w_ptr": "*fp32",
+            "dft_h_ptr": "*fp32",
+            "order_ptr": "*i32",
+            "partial_ptr": "*fp32",
+        },
+        scalars={
+            "stride_row": stride[0],
+            "stride_channel": stride[1],
+            "stride_y": stride[2],
+            "images": images,
+            "group_images": group,
+        },
+        constexprs={
+            "HEIGHT": height,
+            "WIDTH": width,
+            "MEAN_OVER": mean_over,
+            "LENGTH": length,
+            "BLOCK_H": block_h,
+            "CHUNK_H": chunk_h,
+            "BLOCK_W": block_w,
+            "CHUNK_W": chunk_w,
+            "BLOCK_K": block_k,
+            "TABLE_K": blocks * block_k,
+            "BLOCK_BINS": block_bins,
+            "CHUNK_LENGTH": chunk_length,
+            "PRECISION": "ieee" if rdna else dot_precision(torch.float32, arch),
+        },
+        grid=(blocks, groups, rows),
+        num_warps=(4 if block_h <= (16 if rdna else 64) else 8) * (2 if rdna and block_h > 64 else 1),
+        num_stages=2,
+        bytes=rows * blocks * (images * (per_image + tables) + groups * block_bins * length * 4) + once,
+        unique_bytes=rows * channels * height * width * dtype.itemsize
+        + 2 * 4 * (blocks * block_k * block_w + block_h * block_h)
+        + blocks * block_bins * length * 4
+        + once,
+        flops=rows * images * height * (width // 2 + 1) * (4 * width + 8 * height + 4),
+    )
+
+
+def group_size(rows: int, images: int) -> int:
+    """Images that one program adds up: as many as leave 512 groups, over twice the programs any target runs at once.
+
+    15 at most: Triton would compile once more for a multiple of 16.
+    """
+    return max(1, min(15, rows * images // 512))
+
+
+@functools.lru_cache(maxsize=256)
+def finish_launch(
+    rows: int,
+    height: int,
+    width: int,
+    parts: int,
+    cutoff: float | None,
+    choice: tuple[float, int, int, int, float, float] | None,
+) -> Launch:
+    """The launch of `finish_kernel`: profile (no cutoff), share (cutoff), or share and choice of the dominant adapter.
+
+    `choice` is (gate, early, late, adapters, dominant_weight, other_weight).
+    """
+    bins = number_of_bins(height, width)
+    block_bins = padded(bins)
+    gate, early, late, adapters, dominant_weight, other_weight = choice or (0.0, 0, 0, 1, 0.0, 0.0)
+    out = 4 * rows * (bins if cutoff is None else 1) + (rows * (8 + 4 * adapters) if choice else 0)
+    return Launch(
+        kernel=finish_kernel,
+        name=f"spectrum finish {rows}x{parts}x{bins}",
+        tensors={
+            "partial_ptr": "*fp32",
+            "scale_ptr": "*fp32",
+            "profile_ptr": "*fp32" if cutoff is None else None,
+            "share_ptr": None if cutoff is None else "*fp32",
+            "dominant_ptr": "*i64" if choice else None,
+            "weights_ptr": "*fp32" if choice else None,
+        },
+        # early and late travel as floats: Triton compiles anew for the integers 0 and 1, and they change every step
+        scalars={
+            "gate": float(gate),
+            "early": float(early),
+            "late": float(late),
+            "dominant_weight": float(dominant_weight),
+            "other_weight": float(other_weight),
+            "parts": parts,
+            "bins": bins,
+            "first_high": 0 if cutoff is None else first_high_bin(bins, cutoff),
+            "adapters": adapters,
+        },
+        constexprs={"BLOCK_PARTS": 16, "BLOCK_BINS": block_bins, "BLOCK_ADAPTERS": padded(adapters, 8)},
+        grid=(rows, 1, 1),
+        num_warps=1,
+        num_stages=1,
+        bytes=rows * (parts + 1) * block_bins * 4 + out,
+        unique_bytes=(rows * parts + 1) * block_bins * 4 + out,
+        flops=rows * bins * (parts + 3),
+    )
+
+
+def partial_sums(x: Tensor, channel_mean: bool) -> Tensor:
+    """Run `spectrum_kernel`: [rows, parts, padded bins] amplitude sums."""
+    x = x if x.stride(3) == 1 else x.contiguous()
+    rows, _, height, width = x.shape
+    launch = spectrum_launch(tuple(x.shape), x.stride(), x.dtype, channel_mean, arch_of(x.device))
+    c = launch.constexprs
+    partial = x.new_empty((rows, launch.grid[1] * launch.grid[0], c["BLOCK_BINS"]), dtype=torch.float32)
+    launch(
+        x,
+        dft_matrices(width, c["TABLE_K"], c["BLOCK_W"], x.device),
+        dft_matrices(height, c["BLOCK_H"], c["BLOCK_H"], x.device),
+        order_table(height, width, c["BLOCK_H"], c["BLOCK_K"], c["BLOCK_BINS"], c["CHUNK_LENGTH"], x.device),
+        partial,
+    )
+    return partial
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the kernel takes x: not empty, sides up to MAX_SIZE; the definition runs otherwise."""
+    return x.numel() > 0 and max(x.shape[2:]) <= MAX_SIZE
 
 
 def _profile_body(x: Tensor, channel_mean: bool, backend: str) -> Tensor:
-    return profile_definition(x, channel_mean)
+    if not (use_triton(x, backend) and fits(x)):
+        return profile_definition(x, channel_mean)
+    rows, _, height, width = x.shape
+    partial = partial_sums(x, channel_mean)
+    profile = _profile_fake(x, channel_mean, backend)
+    launch = finish_launch(rows, height, width, partial.shape[1], None, None)
+    launch(partial, bin_scales(height, width, partial.shape[2], x.device), profile, None, None, None)
+    return profile
 
 
 def _profile_fake(x: Tensor, channel_mean: bool, backend: str) -> Tensor:
-    return x.new_empty((x.shape[0], len(radial_bins(x.shape[2], x.shape[3])[1])), dtype=torch.float32)
+    return x.new_empty((x.shape[0], number_of_bins(x.shape[2], x.shape[3])), dtype=torch.float32)
 
 
 def _share_body(x: Tensor, cutoff: float, backend: str) -> Tensor:
-    return share_definition(x, cutoff)
+    if not (use_triton(x, backend) and fits(x)):
+        return share_definition(x, cutoff)
+    rows, _, height, width = x.shape
+    partial = partial_sums(x, True)
+    share = _share_fake(x, cutoff, backend)
+    launch = finish_launch(rows, height, width, partial.shape[1], cutoff, None)
+    launch(partial, bin_scales(height, width, partial.shape[2], x.device), None, share, None, None)
+    return share
 
 
 def _share_fake(x: Tensor, cutoff: float, backend: str) -> Tensor:
     return x.new_empty((x.shape[0],), dtype=torch.float32)
 
 
-def _select_body(
-    share: Tensor,
-    gate: float,
-    early: int,
-    late: int,
-    adapters: int,
-    dominant_weight: float,
-    other_weight: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return select_definition(share, gate, early, late, adapters, dominant_weight, other_weight)
-
-
-def _select_fake(
-    share: Tensor,
-    gate: float,
-    early: int,
-    late: int,
-    adapters: int,
-    dominant_weight: float,
-    other_weight: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return share.new_empty(share.shape, dtype=torch.int64), share.new_empty((adapters, *share.shape))
-
-
 _profile = register("radial_profile(Tensor x, bool channel_mean, str backend) -> Tensor", _profile_body, _profile_fake)
 _share = register("high_frequency_share(Tensor x, float cutoff, str backend) -> Tensor", _share_body, _share_fake)
-_select = register(
-    "select_dominant(Tensor share, float gate, int early, int late, int adapters, float dominant_weight, "
-    "float other_weight, str backend) -> (Tensor, Tensor)",
-    _select_body,
-    _select_fake,
-)
 
 
 def radial_profile(x: Tensor, channel_mean: bool = True, backend: Backend = "auto") -> Tensor:
@@ -137,7 +365,7 @@ def radial_profile(x: Tensor, channel_mean: bool = True, backend: Backend = "aut
     Raises:
         ValueError: x of another rank, or an unknown backend.
     """
-    _check(x, backend)
+    check_image(x, backend)
     profile: Tensor = _profile(x, channel_mean, backend)
     return profile
 
@@ -154,49 +382,15 @@ def high_frequency_share(x: Tensor, cutoff: float, backend: Backend = "auto") ->
     Raises:
         ValueError: x of another rank, cutoff out of range, or an unknown backend.
     """
-    _check(x, backend)
-    if not 0 <= cutoff < 1:
-        raise ValueError(f"cutoff must be in [0, 1), got {cutoff}")
+    check_image(x, backend, cutoff)
     share: Tensor = _share(x, cutoff, backend)
     return share
 
 
-def select_dominant(
-    share: Tensor,
-    gate: float,
-    early: int,
-    late: int,
-    adapters: int,
-    dominant_weight: float,
-    other_weight: float,
-    backend: Backend = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Dominant adapter and weights per row, chosen on the device.
-
-    Args:
-        share: [rows] float32, from `high_frequency_share`; NaN counts as below the gate.
-        gate: a row is in the early stage while share >= gate.
-        early, late: the adapter that dominates in either stage.
-        adapters: their number.
-        dominant_weight, other_weight: what the weights are made of.
-
-    Returns:
-        dominant [rows] int64 and weights [adapters, rows] float32.
-
-    Raises:
-        ValueError: share of another rank, early or late out of range, or an unknown backend.
-    """
-    check_backend(backend)
-    if share.ndim != 1:
-        raise ValueError(f"share must be [rows], got {tuple(share.shape)}")
-    for name, slot in (("early", early), ("late", late)):
-        if not 0 <= slot < adapters:
-            raise ValueError(f"{name} must be in [0, {adapters}), got {slot}")
-    dominant, weights = _select(share, gate, early, late, adapters, dominant_weight, other_weight, backend)
-    return dominant, weights
-
-
-def _check(x: Tensor, backend: str) -> None:
+def check_image(x: Tensor, backend: str, cutoff: float = 0) -> None:
+    """The checks that the ops on spectra share; they raise ValueError."""
     check_backend(backend)
     if x.ndim != 4:
         raise ValueError(f"x must be [rows, channels, height, width], got {tuple(x.shape)}")
+    if not 0 <= cutoff < 1:
+        raise ValueError(f"cutoff must be in [0, 1), got {cutoff}")

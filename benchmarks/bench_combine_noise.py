@@ -1,0 +1,61 @@
+"""combine_noise against einsum, and with guidance and rescale against the pipeline's own torch code.
+
+pytest benchmarks/bench_combine_noise.py -s
+"""
+
+import pytest
+import torch
+from harness import BACKEND, DEVICE, DTYPE, compare
+
+from cmlora_kernels import combine_guided_noise, combine_noise
+from cmlora_kernels.combine_noise import combine_launch, guided_launch, moments_launch
+
+SIDES = {"sd15": 64, "sdxl": 128}
+TOLERANCE = 4 * torch.finfo(DTYPE).eps
+
+
+@pytest.mark.parametrize("adapters", [2, 5])
+@pytest.mark.parametrize("model", SIDES)
+def test_combine_noise(benchmark, model: str, adapters: int) -> None:
+    side = SIDES[model]
+    noise, weights = _predictions(adapters, side)
+    stacked = noise.view(adapters, 2, 4, side, side)
+    launch = combine_launch(adapters, 2, 4 * side * side, DTYPE)
+    rivals = {
+        "combine_noise": lambda: combine_noise(noise, weights, backend=BACKEND),
+        "product + sum": lambda: (stacked * weights.to(DTYPE)[:, :, None, None, None]).sum(0),
+    }
+    product = 2 * noise.numel() * DTYPE.itemsize  # written, and read again
+    rival = {"product + sum": launch.bytes + product}
+    want = torch.einsum("nmchw,nm->mchw", stacked.double(), weights.double())
+    compare(f"combine_noise {model} N={adapters}", rivals, want, TOLERANCE, launch.bytes, rival)
+    benchmark(rivals["combine_noise"])
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("model", SIDES)
+def test_combine_guided_noise(benchmark, model: str, rescale: float) -> None:
+    side, adapters, scale = SIDES[model], 5, 7.5
+    noise, weights = _predictions(adapters, side)
+    size = (adapters, 1, 4 * side * side, DTYPE)
+    moved = guided_launch(*size, scale, rescale).bytes + (moments_launch(*size, scale).bytes if rescale else 0)
+
+    def separate(noise: torch.Tensor) -> torch.Tensor:
+        u, c = combine_noise(noise, weights, backend="auto").chunk(2)
+        guided = u + scale * (c - u)
+        if not rescale:
+            return guided
+        factor = c.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
+        return rescale * guided * factor + (1 - rescale) * guided
+
+    rivals = {
+        "combine_guided_noise": lambda: combine_guided_noise(noise, weights, scale, rescale, backend=BACKEND),
+        "combine_noise + torch": lambda: separate(noise),
+    }
+    compare(f"guided {model} rescale {rescale}", rivals, separate(noise.double()), 8 * TOLERANCE, moved, {})
+    benchmark(rivals["combine_guided_noise"])
+
+
+def _predictions(adapters: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    noise = torch.randn(adapters * 2, 4, side, side, device=DEVICE, dtype=DTYPE)
+    return noise, torch.rand(adapters, 2, device=DEVICE)

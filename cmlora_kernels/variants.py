@@ -1,0 +1,229 @@
+"""Every launch that this library makes for SD1.5 and SDXL, from the published UNet configurations; pure Python.
+
+A row is one adapter and guidance half of one image. N adapters run 2 N rows where all are refreshed, and 2 rows in the
+deep part of a step that refreshes one adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from cmlora_kernels.combine_noise import combine_launch, guided_launch, moments_launch
+from cmlora_kernels.dominant import select_launch
+from cmlora_kernels.feature_bank import gather_concat_launch, scatter_launch
+from cmlora_kernels.launch import Launch
+from cmlora_kernels.merged_bank import merged_launch
+from cmlora_kernels.multi_lora_add import add_launch
+from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launch
+from cmlora_kernels.multi_lora_linear import linear_launch
+from cmlora_kernels.spectrum import finish_launch, spectrum_launch
+from cmlora_kernels.tiles import Problem, choose, supports
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ADAPTERS = (2, 3, 4, 5)
+RANKS = (16, 32, 64, 128)  # the buckets; a rank between two runs the upper one's tile
+PROMPT_TOKENS = 77
+TIME_CHANNELS = 1280
+
+
+class UNet(NamedTuple):
+    """What its config.json says: latent side, channels and transformer layers per level, prompt width."""
+
+    size: int
+    channels: tuple[int, ...]
+    depth: tuple[int, ...]
+    context: int
+    linear_projection: bool
+    layers_per_block: int = 2
+
+
+UNETS = {
+    # stable-diffusion-v1-5/unet/config.json, 512 x 512 pixels
+    "sd15": UNet(64, (320, 640, 1280, 1280), (1, 1, 1, 0), 768, False),
+    # stable-diffusion-xl-base-1.0/unet/config.json, 1024 x 1024 pixels
+    "sdxl": UNet(128, (320, 640, 1280), (0, 2, 10), 2048, True),
+}
+
+
+class Linear(NamedTuple):
+    """A linear layer; `parts` projections of one x stacked."""
+
+    tokens: int
+    inner: int
+    outer: int
+    bias: bool
+    parts: int = 1
+
+
+class Conv(NamedTuple):
+    """A square convolution on a [channels, size, size] image."""
+
+    size: int
+    channels: int
+    outer: int
+    kernel: int
+    stride: int = 1
+
+
+def linear_layers(unet: UNet) -> Iterator[Linear]:
+    """Linear layers that LoRAs train: attention, feed-forward, projections and the resnets' time projections."""
+    last = len(unet.channels) - 1
+    for level, (channels, depth) in enumerate(zip(unet.channels, unet.depth, strict=True)):
+        yield Linear(1, TIME_CHANNELS, channels, True)
+        if not depth and level != last:
+            continue  # the middle block attends on the last level in any case
+        tokens = (unet.size >> level) ** 2
+        yield Linear(tokens, channels, channels, False)  # q, k, v of self-attention, q of cross-attention
+        yield Linear(tokens, channels, 3 * channels, False, 3)
+        yield Linear(tokens, channels, channels, True)  # out, and SDXL's projections around the transformer
+        yield Linear(PROMPT_TOKENS, unet.context, channels, False)
+        yield Linear(PROMPT_TOKENS, unet.context, 2 * channels, False, 2)
+        yield Linear(tokens, channels, 8 * channels, True)  # GEGLU
+        yield Linear(tokens, 4 * channels, channels, True)
+
+
+def conv_layers(unet: UNet) -> Iterator[Conv]:
+    """Convolutions that LoRAs train: resnets with their shortcuts, samplers, SD1.5's projections."""
+    last = len(unet.channels) - 1
+    skips = [unet.channels[0]]  # channels of the tensors that the up blocks concatenate, in order of their making
+    incoming = unet.channels[0]
+    for level, channels in enumerate(unet.channels):
+        size = unet.size >> level
+        yield from _resnet(size, incoming, channels)
+        yield Conv(size, channels, channels, 3)
+        skips += [channels] * unet.layers_per_block
+        incoming = channels
+        if level != last:
+            yield Conv(size, channels, channels, 3, 2)
+            skips.append(channels)
+        if not unet.linear_projection and (unet.depth[level] or level == last):
+            yield Conv(size, channels, channels, 1)
+    for level in range(last, -1, -1):
+        size, channels = unet.size >> level, unet.channels[level]
+        for _ in range(unet.layers_per_block + 1):
+            yield from _resnet(size, incoming + skips.pop(), channels)
+            incoming = channels
+        if level:
+            yield Conv(2 * size, channels, channels, 3)
+
+
+def _resnet(size: int, incoming: int, channels: int) -> Iterator[Conv]:
+    yield Conv(size, incoming, channels, 3)
+    if incoming != channels:
+        yield Conv(size, incoming, channels, 1)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One launch of one model; `others` more compile to the same code."""
+
+    launch: Launch
+    model: str
+    dtype: torch.dtype
+    others: int
+
+
+def variants(
+    arch: str,
+    models: Iterable[str] = tuple(UNETS),
+    dtypes: Iterable[torch.dtype] = DTYPES,
+    ranks: Iterable[int] = RANKS,
+) -> list[Variant]:
+    """What the library launches on `arch`, one variant per compiled code: the one that moves most bytes."""
+    found: dict[Any, list[Variant]] = {}
+    for model in models:
+        for dtype in dtypes:
+            for launch in launches(UNETS[model], dtype, arch, tuple(ranks)):
+                found.setdefault(code_key(launch), []).append(Variant(launch, model, dtype, 0))
+    chosen = []
+    for same in found.values():
+        most = max(same, key=lambda v: v.launch.bytes)
+        chosen.append(Variant(most.launch, most.model, most.dtype, len({v.launch.name for v in same}) - 1))
+    return chosen
+
+
+def code_key(launch: Launch) -> tuple[Any, ...]:
+    """Equal for launches that Triton compiles once: types, constexprs, and which numbers are 1 or multiples of 16."""
+    numbers = tuple((_kind(v), v == 1, type(v) is int and v % 16 == 0) for v in launch.scalars.values())
+    constexprs = tuple(launch.constexprs.items())
+    kernel = launch.kernel.__name__
+    return (kernel, tuple(launch.tensors.values()), numbers, constexprs, launch.num_warps, launch.num_stages)
+
+
+def _kind(value: int | float) -> str:
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def launches(unet: UNet, dtype: torch.dtype, arch: str, ranks: tuple[int, ...]) -> Iterator[Launch]:
+    """All launches of one model in one dtype; many share their code."""
+    for adapters in ADAPTERS:
+        for rows in (2, 2 * adapters):
+            for rank in ranks:
+                if supports(rank, dtype, arch):
+                    yield from _lora_launches(unet, rows, adapters, rank, dtype, arch)
+        yield from _step_launches(unet, adapters, dtype, arch)
+
+
+def _lora_launches(unet: UNet, rows: int, adapters: int, rank: int, dtype: torch.dtype, arch: str) -> Iterator[Launch]:
+    for layer in linear_layers(unet):
+        tokens, inner, outer, bias, parts = layer
+        problem = Problem(rows, tokens, inner, outer, rank, parts, adapters, dtype, bias)
+        fused = choose(problem, arch).strategy == "fused"
+        yield (linear_launch if fused else add_launch)(problem, arch)
+        if parts == 1:
+            yield merged_launch(problem, arch)
+    for conv in conv_layers(unet):
+        yield conv_launch(conv, rows, adapters, rank, dtype, arch)
+
+
+def conv_launch(conv: Conv, rows: int, adapters: int, rank: int, dtype: torch.dtype, arch: str) -> Launch:
+    """The launch of one convolution on contiguous (NCHW) images, as a pipeline has them unless told otherwise."""
+    size, channels, outer, kernel, stride = conv
+    pixels, taps = (size // stride) ** 2, kernel * kernel
+    if kernel == 1:
+        problem = Problem(rows, pixels, channels, outer, rank, 1, adapters, dtype, True)
+        if choose(problem, arch).strategy == "fused":
+            tokens, y = (channels * pixels, 1, pixels), (outer * pixels, 1, pixels)
+            return linear_launch(problem, arch, (*tokens, channels, rank * channels, channels, outer * rank, rank, *y))
+    pair = (kernel // 2, kernel // 2)
+    convolution = ConvProblem(
+        rows, channels, size, size, outer, rank, adapters, dtype, (kernel, kernel), (stride, stride), pair
+    )
+    x = (channels * size * size, size * size, size, 1)
+    a = (rank * channels * taps, channels * taps, taps, 1)
+    return conv_add_launch(convolution, arch, (*x, *a, outer * rank, rank, outer * pixels, pixels, 1))
+
+
+def _step_launches(unet: UNet, adapters: int, dtype: torch.dtype, arch: str) -> Iterator[Launch]:
+    """What a step launches beside its layers: spectrum, choice, feature bank, combination."""
+    size, rows = unet.size, 2 * adapters
+    latents = (2, 4, size, size)
+    spectrum = spectrum_launch(latents, (4 * size * size, size * size, size, 1), dtype, True, arch)
+    parts, choice = spectrum.grid[0] * spectrum.grid[1], (0.4, 0, 1, adapters, 1.25, 0.75)
+    yield spectrum
+    for cutoff, chosen in ((None, None), (0.2, None), (0.2, choice)):
+        yield finish_launch(2, size, size, parts, cutoff, chosen)
+    yield select_launch(2, *choice)
+    for level, channels in enumerate(unet.channels):
+        side = size >> level
+        maps = (rows, channels, side, side)
+        stride = (channels * side * side, side * side, side, 1)
+        yield (each := spectrum_launch(maps, stride, dtype, False, arch))
+        yield finish_launch(rows, side, side, each.grid[0] * each.grid[1], None, None)
+    # the cache of branch (0, 1): the last up block's input
+    deep, skip = unet.channels[1], unet.channels[0]
+    for channels_last in (False, True):
+        for indexed in (False, True):
+            yield gather_concat_launch(rows, deep, skip, size * size, dtype, channels_last, indexed)
+    yield scatter_launch(2, deep * size * size, dtype)
+    latent = 4 * size * size
+    yield combine_launch(adapters, 2, latent, dtype)
+    yield moments_launch(adapters, 1, latent, dtype, 7.5)
+    for rescale in (0.0, 0.7):
+        yield guided_launch(adapters, 1, latent, dtype, 7.5, rescale)

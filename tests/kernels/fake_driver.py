@@ -1,0 +1,122 @@
+"""Run every op with the tensors of a real SD1.5 step under a CUDA driver that only writes down what it is asked for.
+
+A program of its own: the kernels must be imported without TRITON_INTERPRET. Prints one JSON line per launch.
+"""
+
+import importlib
+import json
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import cmlora_kernels as ck
+from cmlora_kernels import launch as launch_module
+
+TARGET = GPUTarget("cuda", 90, 32)
+current: list[launch_module.Launch] = []
+
+
+def fake_compile(source: Any, target: Any = None, options: dict[str, Any] | None = None, **_: Any) -> Any:
+    """Stands in for triton.compile: holds what the JIT specialised against what the inspection compiles."""
+    launch, options = current[-1], options or {}
+    inspected = launch.source()
+    for each in (source, inspected):  # without the empty ones, in one order: the hash is of their text
+        each.attrs = {place: attribute for place, attribute in sorted(each.attrs.items()) if attribute}
+    same = source.hash() == inspected.hash()
+    stages = (options["num_warps"], options["num_stages"]) == (launch.num_warps, launch.num_stages)
+
+    def run(x: int, y: int, z: int, *rest: Any) -> None:
+        launched = current[-1]
+        pointers = [a for a in rest[6:] if isinstance(a, torch.Tensor)]
+        record = {
+            "kernel": launched.kernel.__name__,
+            "name": launched.name,
+            "same_source": same,
+            "same_options": stages,
+            "same_grid": (x, y, z) == launched.grid,
+            "programs": x * y * z,
+            "grid": [x, y, z],
+            "aligned": all(p.data_ptr() % 16 == 0 for p in pointers),
+            "pointers": len(pointers),
+            "expected_pointers": sum(kind is not None for kind in launched.tensors.values()),
+        }
+        sys.stdout.write(json.dumps(record) + "\n")
+
+    return SimpleNamespace(run=run, function=None, packed_metadata=None, launch_metadata=lambda *_: None)
+
+
+def install() -> None:
+    """Put the fake driver, the fake compiler and the choice of Triton on CPU tensors in place."""
+    interface = SimpleNamespace(
+        get_current_target=lambda: TARGET, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+    )
+    driver.set_active(interface)
+    triton.compiler.compile = fake_compile
+    call = launch_module.Launch.__call__
+
+    def remembered(self: launch_module.Launch, *tensors: Any) -> None:
+        current.append(self)
+        call(self, *tensors)
+
+    launch_module.Launch.__call__ = remembered
+    for name in [n for n in sys.modules if n.startswith("cmlora_kernels.")]:
+        module = importlib.import_module(name)
+        if hasattr(module, "use_triton"):
+            module.use_triton = lambda tensor, backend: backend == "triton"
+        if hasattr(module, "arch_of"):
+            module.arch_of = lambda device: "sm_90"
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def step() -> None:
+    """A refresh step of SD1.5 at 512 x 512, guidance on, N = 5: what issues launches, each with its own tensors."""
+    latents, rows = empty(2, 4, 64, 64), 10
+    ck.radial_profile(latents, backend="triton")
+    ck.radial_profile(empty(rows, 320, 64, 64), channel_mean=False, backend="triton")
+    share = ck.high_frequency_share(latents, 0.2, backend="triton")
+    for early, late in ((0, 1), (1, 0), (2, 4)):
+        ck.select_dominant(share, 0.4, early, late, 5, 1.25, 0.75, backend="triton")
+        ck.dominant_from_latents(latents, 0.2, 0.4, early, late, 5, 1.25, 0.75, backend="triton")
+    bank, skip = empty(rows, 640, 64, 64), empty(rows, 320, 64, 64)
+    index = torch.arange(rows)
+    ck.scatter_rows(bank, bank[:2].clone(), index[:2].clone(), backend="triton")
+    ck.gather_concat(bank, skip, index, backend="triton")
+    ck.gather_concat(bank, skip, backend="triton")
+    last = torch.channels_last
+    ck.gather_concat(bank.to(memory_format=last), skip.to(memory_format=last), index, backend="triton")
+    noise, weights = empty(rows, 4, 64, 64), torch.ones(5, 2)
+    ck.combine_noise(noise, weights, backend="triton")
+    for rescale in (0.0, 0.7):
+        ck.combine_guided_noise(noise, weights, 7.5, rescale, backend="triton")
+    lora()
+
+
+def lora() -> None:
+    """The layers, two rows: q, k and v stacked, a wide feed-forward, a prompt's k, a 3x3 and a 1x1 convolution."""
+    slots = torch.tensor([0, -1])
+
+    def bank(inner: int, outer: int, parts: int = 1) -> tuple[torch.Tensor, ...]:
+        return empty(5, 16 * parts, inner), empty(5, outer, 16), torch.ones(5, parts)
+
+    x = empty(2, 64, 1280)
+    ck.multi_lora_linear(x, empty(3840, 1280), None, slots, *bank(1280, 3840, 3), backend="triton")
+    ck.multi_lora_linear(empty(2, 77, 768), empty(320, 768), None, slots, *bank(768, 320), backend="triton")
+    ck.multi_lora_add_(empty(2, 64, 1280), empty(2, 64, 5120), slots, *bank(5120, 1280), backend="triton")
+    images = empty(2, 320, 8, 8)
+    for k in (1, 3):
+        a, b, scales = empty(5, 16, 320, k, k), empty(5, 320, 16), torch.ones(5, 1)
+        weight, padding = empty(320, 320, k, k), (k // 2, k // 2)
+        ck.multi_lora_conv2d(images, weight, None, slots, a, b, scales, padding=padding, backend="triton")
+
+
+if __name__ == "__main__":
+    install()
+    step()

@@ -1,0 +1,58 @@
+"""Compile a few variants of every kernel ahead of time; prints JSON. Not under TRITON_INTERPRET; arguments are targets.
+
+python tests/kernels/inspect_representatives.py sm_80 sm_90 sm_100 gfx942 gfx1100 > tests/kernels/inspected.json
+"""
+
+import json
+import sys
+
+import triton
+
+from cmlora_kernels.inspect import inspect_launch
+from cmlora_kernels.variants import Variant, variants
+
+EVERYWHERE = {  # the kernels with matrix products, on every target: (kernel, dtype)
+    ("linear_kernel", "float16"),
+    ("linear_kernel", "float32"),
+    ("add_kernel", "bfloat16"),
+    ("conv_add_kernel", "float16"),
+    ("spectrum_kernel", "float16"),
+}
+SHOWN = (
+    "registers",
+    "spill_bytes",
+    "local_bytes",
+    "shared_bytes",
+    "shared_limit",
+    "tensor_core",
+    "async_copy",
+    "access_bytes",
+    "bytes",
+    "flops",
+)
+
+
+def representatives(target: str) -> list[Variant]:
+    """Of each kernel and dtype the variant that moves most; the copying kernels in fp16 on one target per vendor."""
+    most: dict[tuple[str, str], Variant] = {}
+    for variant in variants(target, ranks=(16,)):
+        key = (variant.launch.kernel.__name__, str(variant.dtype).removeprefix("torch."))
+        wanted = key in EVERYWHERE or (target in ("sm_90", "gfx942") and key[1] == "float16")
+        if wanted and (key not in most or variant.launch.bytes > most[key].launch.bytes):
+            most[key] = variant
+    return list(most.values())
+
+
+def main(targets: list[str]) -> None:
+    rows = {}
+    for target in targets:
+        for variant in representatives(target):
+            dtype = str(variant.dtype).removeprefix("torch.")
+            report = inspect_launch(variant.launch, target, variant.model, dtype).as_dict()
+            rows[f"{target} {report['kernel']} {dtype}: {report['variant']}"] = {name: report[name] for name in SHOWN}
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items()))
+    sys.stdout.write(f'{{\n  "triton": "{triton.__version__}",\n{lines}\n}}\n')
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,111 @@
+"""Nothing is first executed on the user's GPU: every launcher under a fake driver, every kernel's traffic counted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cmlora_kernels import (
+    combine_guided_noise,
+    combine_noise,
+    dominant_from_latents,
+    gather_concat,
+    radial_profile,
+    scatter_rows,
+    select_dominant,
+)
+from cmlora_kernels.launch import Launch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="traffic is counted in Triton's interpreter")
+
+
+def run_compiled(program: Path, *arguments: str) -> str:
+    """A program's output, run without TRITON_INTERPRET and with this checkout first on its path."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", str(program), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_launcher_asks_the_driver_for_what_was_inspected() -> None:
+    launches = [json.loads(line) for line in run_compiled(HERE / "fake_driver.py").splitlines()]
+    for launch in launches:
+        assert launch["same_source"], launch  # types, constexprs and specialisation as the inspection compiles them
+        assert launch["same_options"], launch
+        assert launch["same_grid"], launch
+        assert launch["aligned"], launch
+        assert launch["pointers"] == launch["expected_pointers"], launch
+        assert launch["programs"] > 0
+        assert max(launch["grid"][1:]) < 65536, launch  # CUDA's limit on the second and third axis
+    assert {launch["kernel"] for launch in launches} >= {
+        "spectrum_kernel",
+        "finish_kernel",
+        "select_kernel",
+        "scatter_kernel",
+        "gather_concat_kernel",
+        "combine_kernel",
+        "moments_kernel",
+        "guided_kernel",
+        "linear_kernel",
+        "add_kernel",
+        "conv_add_kernel",
+    }
+
+
+@pytest.fixture
+def traffic(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Launch, list[int]]]:
+    """Every launch with the bytes that it loads and stores; masked lanes move nothing."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    moved: list[tuple[Launch, list[int]]] = []
+    load, store, call = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store, Launch.__call__
+
+    def count(ptrs, mask) -> None:
+        moved[-1][1][0] += int(np.count_nonzero(mask.data)) * ptrs.get_element_ty().primitive_bitwidth // 8
+
+    def counted_load(self, ptrs, mask, *rest):
+        count(ptrs, mask)
+        return load(self, ptrs, mask, *rest)
+
+    def counted_store(self, ptrs, value, mask, *rest):
+        count(ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    def remembered(self, *tensors) -> None:
+        moved.append((self, [0]))
+        call(self, *tensors)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
+    monkeypatch.setattr(Launch, "__call__", remembered)
+    return moved
+
+
+@interpreted
+def test_kernels_move_the_bytes_that_their_formulas_say(traffic: list[tuple[Launch, list[int]]]) -> None:
+    x, index = torch.randn(2, 4, 64, 64), torch.tensor([1, 0])
+    dominant_from_latents(x, 0.2, 0.4, 0, 1, 5, 1.25, 0.75, backend="triton")
+    radial_profile(torch.randn(1, 3, 40, 48), channel_mean=False, backend="triton")
+    select_dominant(torch.rand(300), 0.4, 0, 1, 5, 1.25, 0.75, backend="triton")
+    bank, skip = torch.randn(3, 64, 32, 32), torch.randn(2, 32, 32, 32)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        gather_concat(bank.to(memory_format=layout), skip.to(memory_format=layout), index, backend="triton")
+    gather_concat(bank[:2], skip, backend="triton")
+    scatter_rows(bank, bank[:2].clone(), index, backend="triton")
+    noise, weights = torch.randn(10, 4, 64, 64), torch.rand(5, 2)
+    combine_noise(noise, weights, backend="triton")
+    combine_guided_noise(noise, weights, 7.5, backend="triton")
+    combine_guided_noise(noise, weights, 7.5, 0.7, backend="triton")
+    assert len(traffic) == 13
+    for launch, (moved,) in traffic:
+        assert moved == pytest.approx(launch.bytes, rel=0.1), launch.name
+        assert launch.unique_bytes <= launch.bytes, launch.name
