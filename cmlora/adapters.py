@@ -43,10 +43,12 @@ class AdapterBank:
 
     Attributes:
         names: adapters in the order of their slots.
+        merged: whether they are one virtual adapter.
         layers: every LoRA layer of the model and its stacked adapters; None where none of the named ones touches it.
     """
 
     names: tuple[str, ...]
+    merged: bool
     layers: tuple[tuple[LoraLayer, LayerBank | None], ...]
 
     @property
@@ -123,34 +125,26 @@ def _missing(name: str, loaded: Sequence[str], elsewhere: Sequence[str]) -> str:
 
 
 def fingerprint(model: nn.Module) -> tuple[object, ...]:
-    """What the bank depends on, without reading a tensor: weights by identity and version, scalings, switches."""
+    """What the bank's shape depends on: layers, adapters, ranks, base weights, switches. Reads no tensor."""
     state: list[object] = []
     for name, layer in tuner_layers(model):
-        state.append(
-            (name, id(layer), tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters))
-        )
+        switches = (tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters))
+        state.append((name, id(layer), *switches))
         if isinstance(layer, LoraLayer):
-            for adapter, down in layer.lora_A.items():
-                up = layer.lora_B[adapter]
-                state.append((adapter, float(layer.scaling[adapter]), *_identity(down.weight), *_identity(up.weight)))
+            base = getattr(layer.get_base_layer(), "weight", None)
+            weights = [base, *(module.weight for module in layer.lora_A.values())]
+            state.append(tuple(layer.lora_A))
+            state += [None if w is None else (w.shape, w.dtype, w.device, w.data_ptr(), w._version) for w in weights]
     return tuple(state)
 
 
-def _identity(weight: Tensor) -> tuple[object, ...]:
-    # PEFT's hot swap to a larger rank keeps the parameter, and the version may be the same
-    return id(weight), weight.shape, weight._version, weight.dtype
-
-
-def build_bank(
-    model: nn.Module, names: Sequence[str], *, merged: bool, scale: float, device: torch.device
-) -> AdapterBank:
-    """Stack the named adapters of every layer.
+def build_bank(model: nn.Module, names: Sequence[str], *, merged: bool, device: torch.device) -> AdapterBank:
+    """Room for the named adapters of every layer; `fill_bank` puts them in.
 
     Args:
         model: the UNet with PEFT layers.
         names: adapters in the order of their slots.
         merged: one virtual adapter of concatenated ranks, weights folded in, instead of a slot per adapter.
-        scale: factor on all adapters (`cross_attention_kwargs={"scale": ...}`).
         device: where the stacked tensors live.
 
     Raises:
@@ -161,9 +155,9 @@ def build_bank(
         here = [n for n in names if isinstance(layer, LoraLayer) and n in layer.lora_A]
         _check(name, layer, names, here)
         if isinstance(layer, LoraLayer):
-            bank = _stack(layer, names, merged=merged, scale=scale, device=device) if here else None
+            bank = _stack(layer, names, merged=merged, device=device) if here else None
             layers.append((layer, bank))
-    return AdapterBank(tuple(names), tuple(layers))
+    return AdapterBank(tuple(names), merged, tuple(layers))
 
 
 def _check(name: str, layer: BaseTunerLayer, names: Sequence[str], here: Sequence[str]) -> None:
@@ -203,24 +197,49 @@ def _check(name: str, layer: BaseTunerLayer, names: Sequence[str], here: Sequenc
         )
 
 
-def _stack(layer: LoraLayer, names: Sequence[str], *, merged: bool, scale: float, device: torch.device) -> LayerBank:
+def _stack(layer: LoraLayer, names: Sequence[str], *, merged: bool, device: torch.device) -> LayerBank:
+    """Zeros of the right shape for one layer."""
     dtype = layer.get_base_layer().weight.dtype
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):  # a quantised base
         dtype = next(iter(layer.lora_A.values())).weight.dtype
+    present = [layer.lora_A[n].weight for n in names if n in layer.lora_A]
+    ranks = [down.shape[0] for down in present]
+    rank, slots = (sum(ranks), 1) if merged else (max(ranks), len(names))
+    channels, kernel = present[0].shape[1], present[0].shape[2:]
+    # a convolution's channels are innermost in memory: whole 16-byte loads for the kernel that reads them
+    a = torch.zeros(slots, rank, *kernel, channels, dtype=dtype, device=device)
+    a = a.permute(0, 1, 4, 2, 3) if kernel else a
+    up = next(iter(layer.lora_B.values())).weight
+    b = torch.zeros(slots, up.shape[0], rank, dtype=dtype, device=device)
+    return LayerBank(a, b, torch.zeros(slots, 1, device=device))
+
+
+def fill_bank(bank: AdapterBank, scale: float) -> None:
+    """Copy PEFT's weights into the bank as they are now, whatever wrote them.
+
+    Args:
+        bank: made for these layers.
+        scale: factor on all adapters (`cross_attention_kwargs={"scale": ...}`).
+    """
+    for layer, stacked in bank.layers:
+        if stacked is not None:
+            _fill(layer, stacked, bank.names, merged=bank.merged, scale=scale)
+
+
+def _fill(layer: LoraLayer, bank: LayerBank, names: Sequence[str], *, merged: bool, scale: float) -> None:
+    place = 0
+    for slot, name in enumerate(names):
+        if name not in layer.lora_A:
+            continue
+        down, up = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach().flatten(1)
+        rank, factor = down.shape[0], float(layer.scaling[name]) * scale
+        if merged:
+            bank.a[0, place : place + rank].copy_(down)
+            bank.b[0, :, place : place + rank].copy_(up * factor)
+            place += rank
+        else:
+            bank.a[slot, :rank].copy_(down)
+            bank.b[slot, :, :rank].copy_(up)
+            bank.scales[slot].fill_(factor)
     if merged:
-        present = [n for n in names if n in layer.lora_A]
-        a = torch.cat([layer.lora_A[n].weight.detach() for n in present]).to(device, dtype)
-        b = torch.cat([layer.lora_B[n].weight.detach().flatten(1) * (layer.scaling[n] * scale) for n in present], 1)
-        return LayerBank(a.unsqueeze(0), b.to(device, dtype).unsqueeze(0), torch.ones(1, 1, device=device))
-    rank = max(down.weight.shape[0] for n, down in layer.lora_A.items() if n in names)
-    down_shape = next(iter(layer.lora_A.values())).weight.shape
-    up_shape = next(iter(layer.lora_B.values())).weight.shape
-    a = torch.zeros(len(names), rank, *down_shape[1:], dtype=dtype, device=device)
-    b = torch.zeros(len(names), up_shape[0], rank, dtype=dtype, device=device)
-    for slot, n in enumerate(names):
-        if n in layer.lora_A:
-            down, up = layer.lora_A[n].weight, layer.lora_B[n].weight
-            a[slot, : down.shape[0]].copy_(down.detach())
-            b[slot, :, : down.shape[0]].copy_(up.detach().flatten(1))
-    scales = [layer.scaling[n] * scale if n in layer.lora_A else 0.0 for n in names]
-    return LayerBank(a, b, torch.tensor(scales, dtype=torch.float32, device=device).unsqueeze(1))
+        bank.scales.fill_(1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,25 @@ def generate(
     typer.echo(f"wrote {out}")
 
 
+@app.command("inspect-kernels")
+def inspect(
+    target: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942, gfx1100; default: all.")
+    ] = None,
+    model: Annotated[list[str] | None, typer.Option(help="sd15, sdxl; default: both.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
+) -> None:
+    """Compile every kernel that the library launches, without a GPU; print registers, spills, instructions, bytes."""
+    from cmlora_kernels.inspect import TARGETS, inspect_kernels, write_table
+    from cmlora_kernels.variants import UNETS
+
+    rows = inspect_kernels(target or TARGETS, model or tuple(UNETS))
+    if as_json:
+        typer.echo(json.dumps([row.as_dict() for row in rows], indent=1))
+    else:
+        write_table(rows)
+
+
 def _load(model: Path, files: Sequence[LoraFile]) -> Any:
     """The pipeline on the GPU in float16 where there is one, on the CPU in float32 elsewhere, its LoRAs active."""
     import torch
@@ -147,6 +167,6 @@ def main() -> None:
     """Entry point: what this library says on purpose is printed without a traceback."""
     try:
         app()
-    except (CMLoRAError, OSError) as error:
+    except (CMLoRAError, OSError, RuntimeError, ValueError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise SystemExit(1) from None

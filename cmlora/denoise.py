@@ -13,7 +13,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
-from cmlora.adapters import AdapterBank, build_bank, choose_adapters, fingerprint, lora_layers
+from cmlora.adapters import AdapterBank, build_bank, choose_adapters, fill_bank, fingerprint, lora_layers
 from cmlora.conditions import Conditions, Inputs
 from cmlora.config import CMLoRAConfig
 from cmlora.errors import RunError
@@ -21,7 +21,7 @@ from cmlora.layers import RowSlots, install, stack_projections, uninstall
 from cmlora.plan import Step, make_plan, order_adapters
 from cmlora.rows import Rows
 from cmlora.unet import BatchedUNet, check_supported
-from cmlora_kernels import combine_noise, high_frequency_share, select_dominant
+from cmlora_kernels import combine_noise, dominant_from_latents, high_frequency_share
 
 # Pipelines that pass torch.cat([latents] * 2) to the UNet under guidance.
 DOUBLING = (
@@ -85,7 +85,7 @@ class Denoiser:
         self.batched = BatchedUNet(self.unet, config.cache_branch, self.row_slots, config.backend)
         self.run: Run | None = None
         self.last_run: Run | None = None
-        self.bank, self._bank_key = self._build(1.0)
+        self.bank, self._bank_key, self._scale = self._build(), self._key(), 1.0
 
     def make_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """A stand-in for the UNet's forward with the same signature."""
@@ -111,16 +111,27 @@ class Denoiser:
         self.batched.stacked = {}
 
     def refresh_bank(self, scale: float) -> None:
-        """Stack the adapters anew if PEFT's state, the scale or the device changed since."""
-        if self._bank_key != self._key(scale):
-            self.bank, self._bank_key = self._build(scale)
+        """Take over what PEFT's layers hold now; stack them anew if adapters, ranks or the device changed."""
+        key = self._key()
+        if self._bank_key != key:
+            self.bank, self._bank_key = self._build(), key
             self.close()
             self.open()
+        # always: PEFT's hot swap writes into a parameter in a way that leaves no trace
+        fill_bank(self.bank, scale)
+        for projection in self.batched.stacked.values():
+            projection.fill()
+        self._scale = scale
 
-    def _key(self, scale: float) -> tuple[object, ...]:
-        return (fingerprint(self.unet), scale, self.unet.device)
+    @property
+    def adapter_bytes(self) -> int:
+        """Memory of all that is stacked."""
+        return self.bank.bytes + sum(projection.bytes for projection in self.batched.stacked.values())
 
-    def _build(self, scale: float) -> tuple[AdapterBank, tuple[object, ...]]:
+    def _key(self) -> tuple[object, ...]:
+        return (fingerprint(self.unet), self.unet.device)
+
+    def _build(self) -> AdapterBank:
         names: tuple[str, ...] = ()
         if self.config.method != "no_lora":
             several = self.config.method != "merge"
@@ -128,14 +139,7 @@ class Denoiser:
             names = choose_adapters(self.unet, self.config.adapters, several=several, elsewhere=elsewhere)
             names = order_adapters(names, self.config)
         make_plan(self.config, names, 1)  # high and low must name adapters that take part
-        merged = self.config.method == "merge"
-        bank = build_bank(self.unet, names, merged=merged, scale=scale, device=self.unet.device)
-        return bank, self._key(scale)
-
-    def refresh_scale(self, scale: float) -> None:
-        """Follow a `scale` of cross_attention_kwargs that changes in mid-run."""
-        if self._bank_key[1] != scale:
-            self.refresh_bank(scale)
+        return build_bank(self.unet, names, merged=self.config.method == "merge", device=self.unet.device)
 
     def __call__(
         self,
@@ -149,6 +153,8 @@ class Denoiser:
         """One UNet evaluation of the pipeline, arguments as in UNet2DConditionModel.forward."""
         try:
             kwargs = dict(cross_attention_kwargs or {})
+            if torch.is_autocast_enabled(sample.device.type):
+                raise RunError("torch.autocast is not supported: load the pipeline with torch_dtype=... instead")
             if "gligen" in kwargs:
                 raise RunError("cross_attention_kwargs['gligen'] is not supported")
             scale = float(kwargs.pop("scale", 1.0))
@@ -176,7 +182,8 @@ class Denoiser:
             self.refresh_bank(scale)
             run = self._start(sample, timesteps, offset)
         else:
-            self.refresh_scale(scale)
+            if scale != self._scale:
+                self.refresh_bank(scale)
             if sample.shape != run.shape:
                 self._shrink(run, sample)
         if offset != run.position + 1 and run.position >= 0:
@@ -263,7 +270,7 @@ class Denoiser:
         run.cache = cache
         held = run.dominant if step.gated else step.early
         halves = 2 if getattr(self._pipe(), "do_classifier_free_guidance", False) and run.images % 2 == 0 else 1
-        size = cache.numel() * cache.element_size()
+        size = cache.numel() * cache.element_size() + run.conditions.bytes
         run.record.append(Record(step, run.images, halves, full, held, gate, size))
         if len(step.slots) == 1:
             return noise
@@ -273,16 +280,18 @@ class Denoiser:
     def _choose(self, run: Run, step: Step, sample: Tensor, index: int) -> Tensor | None:
         """Weights per prediction and image, the dominant adapter where the device decides; returns the gate's m."""
         config, gate = self.config, None
+        adapters = sum(slot >= 0 for slot in step.slots)
         if config.method == "cmlora" and config.partition == "online" and index > 0:
             # an inpainting UNet's input carries the mask behind the latents
             latents = sample[:, : self.unet.config.out_channels]
-            gate = high_frequency_share(latents, config.online_cutoff, backend=config.backend)
-        adapters = sum(slot >= 0 for slot in step.slots)
-        if step.gated and step.rotate and gate is not None:
+            if not (step.gated and step.rotate):
+                gate = high_frequency_share(latents, config.online_cutoff, backend=config.backend)
+        if step.gated and step.rotate:
             assert step.early is not None
             assert step.late is not None
-            run.dominant, weights = select_dominant(
-                gate,
+            run.dominant, weights, gate = dominant_from_latents(
+                latents,
+                config.online_cutoff,
                 config.online_gate,
                 step.early,
                 step.late,

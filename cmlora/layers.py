@@ -106,6 +106,7 @@ class StackedProjection:
     def __init__(self, bases: Sequence[Any], banks: Sequence[LayerBank | None], rows: RowSlots, backend: str) -> None:
         self.weight = torch.cat([base.weight.detach() for base in bases])
         self.bias = None if bases[0].bias is None else torch.cat([base.bias.detach() for base in bases])
+        self.banks = banks
         self.bank = _stack_parts(banks)
         self.rows = rows
         self.backend: Any = backend
@@ -115,6 +116,15 @@ class StackedProjection:
         bank, slots = self.bank, self.rows.find(x.shape[0])
         return multi_lora_linear(x, self.weight, self.bias, slots, bank.a, bank.b, bank.scales, backend=self.backend)
 
+    def fill(self) -> None:
+        """Copy the layers' banks; what a layer lacks stays zero."""
+        parts = len(self.banks)
+        for part, bank in enumerate(self.banks):
+            if bank is not None:
+                self.bank.a.chunk(parts, 1)[part][:, : bank.a.shape[1]] = bank.a
+                self.bank.b.chunk(parts, 1)[part][:, :, : bank.b.shape[2]] = bank.b
+                self.bank.scales[:, part] = bank.scales[:, 0]
+
     @property
     def bytes(self) -> int:
         """Memory of the copies."""
@@ -123,19 +133,13 @@ class StackedProjection:
 
 
 def _stack_parts(banks: Sequence[LayerBank | None]) -> LayerBank:
-    """Banks of equally wide layers as one with a part per layer; what a layer lacks is zero."""
+    """Zeros for equally wide layers as one with a part per layer."""
     present = next(bank for bank in banks if bank is not None)
     rank = max(bank.a.shape[1] for bank in banks if bank is not None)
     slots, out, width = present.b.shape[0], present.b.shape[1], present.a.shape[2]
-    a = present.a.new_zeros(slots, len(banks), rank, width)
-    b = present.b.new_zeros(slots, len(banks), out, rank)
-    scales = present.scales.new_zeros(slots, len(banks))
-    for part, bank in enumerate(banks):
-        if bank is not None:
-            a[:, part, : bank.a.shape[1]] = bank.a
-            b[:, part, :, : bank.b.shape[2]] = bank.b
-            scales[:, part] = bank.scales[:, 0]
-    return LayerBank(a.flatten(1, 2), b.flatten(1, 2), scales)
+    a = present.a.new_zeros(slots, len(banks) * rank, width)
+    b = present.b.new_zeros(slots, len(banks) * out, rank)
+    return LayerBank(a, b, present.scales.new_zeros(slots, len(banks)))
 
 
 def stack_projections(model: nn.Module, rows: RowSlots, backend: str) -> dict[nn.Module, StackedProjection]:

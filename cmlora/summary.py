@@ -39,7 +39,8 @@ class Summary:
         adapters: in the order of their slots.
         steps: one entry per UNet evaluation.
         refreshes: how often each adapter's whole UNet pass ran, counted over the images of the batch.
-        adapter_bytes, cache_bytes: memory of the stacked adapters and of the cached features.
+        adapter_bytes: memory of the stacked adapters and of the q, k, v weights laid one below the other.
+        cache_bytes: memory of the cached features, the prompt's keys and values and the time embeddings.
     """
 
     method: str
@@ -67,9 +68,9 @@ class Summary:
 def summarise(denoiser: Denoiser) -> Summary:
     """Read the last run's record back from the device."""
     bank, run = denoiser.bank, denoiser.last_run
-    names = bank.names if bank is not None else ()
+    names = bank.names
     if run is None:
-        return Summary(denoiser.config.method, names, (), {}, bank.bytes if bank else 0, 0)
+        return Summary(denoiser.config.method, names, (), {}, denoiser.adapter_bytes, 0)
     labels = ("+".join(names),) if denoiser.config.method == "merge" else names
     refreshes = dict.fromkeys(("base", *labels), 0)
     steps = []
@@ -79,7 +80,7 @@ def summarise(denoiser: Denoiser) -> Summary:
         steps.append(_step(record, names))
     counted = {name: count for name, count in refreshes.items() if count or name != "base"}
     cache_bytes = max((record.cache_bytes for record in run.record), default=0)
-    return Summary(denoiser.config.method, names, tuple(steps), counted, bank.bytes if bank else 0, cache_bytes)
+    return Summary(denoiser.config.method, names, tuple(steps), counted, denoiser.adapter_bytes, cache_bytes)
 
 
 def _refreshed(record: Record, labels: Sequence[str]) -> list[str]:
