@@ -99,7 +99,7 @@ class Conditions:
         self.plain = {m for m in unet.modules() if plain and _plain_transformer(m)}
         self.plain |= {m for m in unet.modules() if _plain_resnet(m)}
         self.plain |= {unet.mid_block} if unet.mid_block is not None and unhooked(unet.mid_block) else set()
-        self._keys_values: dict[tuple[nn.Module, Rows], Tensor] = {}
+        self._keys_values: dict[tuple[nn.Module, tuple[int, ...]], Tensor] = {}
         self._time: dict[nn.Module, Tensor] = {}
         self.table = self._time_table(inputs, timesteps)
 
@@ -146,7 +146,7 @@ class Conditions:
 
     def keys_values(self, attention: Any, rows: Rows, everyone: Rows) -> Tensor:
         """[rows, 2, heads, tokens, width] of the prompt, computed for all rows at their first use."""
-        key = (attention, everyone)
+        key = (attention, everyone.known)
         if key not in self._keys_values:
             before, self.row_slots.by_count = self.row_slots.by_count, everyone.by_count
             context = whole(Shared(self.held[0], False, True), everyone)

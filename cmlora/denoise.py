@@ -264,9 +264,8 @@ class Denoiser:
         self._check_halves(run, inputs.sample)
         inputs.halves = run.halves
         timesteps = run.timesteps[run.first : run.first + len(run.plan)]
-        noise, cache, run.conditions = self.batched.run(
-            inputs, everyone, deep, run.cache, run.conditions, timesteps, index
-        )
+        run.conditions = self.batched.prepare(inputs, everyone, run.conditions, timesteps)
+        noise, cache = self.batched.run(inputs, everyone, deep, run.cache, run.conditions, index)
         run.cache = cache
         held = run.dominant if step.gated else step.early
         halves = 2 if getattr(self._pipe(), "do_classifier_free_guidance", False) and run.images % 2 == 0 else 1
@@ -310,14 +309,15 @@ class Denoiser:
 
     def _rows(self, run: Run, step: Step, predictions: tuple[int, ...], device: torch.device) -> Rows:
         """Rows of some predictions, made once per run and kept."""
-        key = (len(step.slots), *(step.slots[p] for p in predictions), *predictions)
+        known = tuple(step.slots[p] for p in predictions)
+        key = (len(step.slots), *known, *predictions)
         if key not in run.rows:
-            slots = torch.tensor([step.slots[p] for p in predictions], device=device).repeat_interleave(run.images)
+            slots = torch.tensor(known, device=device).repeat_interleave(run.images)
             index = None
             if len(predictions) < len(step.slots):
                 places = torch.tensor(predictions, device=device).repeat_interleave(run.images)
                 index = places * run.images + torch.arange(run.images, device=device).repeat(len(predictions))
-            run.rows[key] = Rows(slots, len(predictions), run.halves, run.images // run.halves, index)
+            run.rows[key] = Rows(slots, len(predictions), run.halves, run.images // run.halves, index, known)
         return run.rows[key]
 
     def _deep_rows(self, run: Run, step: Step, device: torch.device) -> Rows | None:

@@ -21,6 +21,7 @@ class Rows:
         slots: [predictions * halves * images] adapter of every row; -1 is the base model.
         predictions, halves, images: what the rows are made of; halves is 1 where they are not known to start alike.
         index: their places in the whole batch; None: all of it, in order.
+        known: the slot of every prediction where the host knows it.
     """
 
     slots: Tensor
@@ -28,6 +29,7 @@ class Rows:
     halves: int
     images: int
     index: Tensor | None = None
+    known: tuple[int, ...] = ()
     by_count: dict[int, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -75,16 +75,25 @@ class BatchedUNet:
         self.shallow_down, self.deep_down = down[:cut], down[cut:]
         self.deep_up, self.shallow_up = up[: len(up) - cut - 1], up[len(up) - cut - 1 :]
 
+    def prepare(self, inputs: Inputs, everyone: Rows, conditions: Conditions | None, timesteps: Tensor) -> Conditions:
+        """The conditions of the step before while they hold, else new ones; `timesteps` are those of the whole run."""
+        if conditions is not None and conditions.hold(inputs):
+            return conditions
+        try:
+            self.row_slots.by_count = everyone.by_count
+            return Conditions(self.unet, inputs, timesteps, self.row_slots, self.stacked)
+        finally:
+            self.row_slots.by_count = None
+
     def run(
         self,
         inputs: Inputs,
         everyone: Rows,
         deep: Rows | None,
         cache: Tensor | None,
-        conditions: Conditions | None,
-        timesteps: Tensor,
+        conditions: Conditions,
         step: int,
-    ) -> tuple[Tensor, Tensor, Conditions]:
+    ) -> tuple[Tensor, Tensor]:
         """One step.
 
         Args:
@@ -92,16 +101,14 @@ class BatchedUNet:
             everyone: all rows, prediction-major.
             deep: the rows that run the deep part; None: none, the cache serves all.
             cache: [rows, ...] cached features, refreshed in place; None in a run's first step.
-            conditions: of the step before, used again while they hold.
-            timesteps: of the whole run; step: the position among them.
+            conditions: of `prepare`.
+            step: position in the run.
 
         Returns:
-            Noise predictions [rows, channels, height, width], the cache and the conditions.
+            Noise predictions [rows, channels, height, width], and the cache.
         """
         try:
             self.row_slots.by_count = everyone.by_count
-            if conditions is None or not conditions.hold(inputs):
-                conditions = Conditions(self.unet, inputs, timesteps, self.row_slots, self.stacked)
             now = Pass(self, inputs, conditions, everyone, everyone, step)
             hidden = now.begin()
             skips = now.down(self.shallow_down, hidden)
@@ -118,7 +125,7 @@ class BatchedUNet:
                 self.row_slots.by_count = everyone.by_count
             assert cache is not None  # the first step of a run is full
             hidden = now.up(self.shallow_up, Shared(cache, True, True), skips, cached=True)
-            return now.end(hidden), cache, conditions
+            return now.end(hidden), cache
         finally:
             self.row_slots.by_count = None
 
