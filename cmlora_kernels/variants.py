@@ -196,7 +196,7 @@ def conv_launch(conv: Conv, rows: int, adapters: int, rank: int, dtype: torch.dt
         rows, channels, size, size, outer, rank, adapters, dtype, (kernel, kernel), (stride, stride), pair
     )
     x = (channels * size * size, size * size, size, 1)
-    a = (rank * channels * taps, channels * taps, taps, 1)
+    a = (rank * channels * taps, channels * taps, 1, channels)  # channels innermost, as the adapter lays them
     return conv_add_launch(convolution, arch, (*x, *a, outer * rank, rank, outer * pixels, pixels, 1))
 
 

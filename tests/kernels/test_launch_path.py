@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.bench_multi_lora import SDXL_LINEARS, sdxl_lora_bytes
 from cmlora_kernels import (
     combine_guided_noise,
     combine_noise,
     dominant_from_latents,
     gather_concat,
+    merge_weights,
+    merged_linear,
+    multi_lora_add_,
+    multi_lora_conv2d,
+    multi_lora_linear,
     radial_profile,
     scatter_rows,
     select_dominant,
@@ -106,6 +112,27 @@ def test_kernels_move_the_bytes_that_their_formulas_say(traffic: list[tuple[Laun
     combine_guided_noise(noise, weights, 7.5, backend="triton")
     combine_guided_noise(noise, weights, 7.5, 0.7, backend="triton")
     assert len(traffic) == 13
+    _run_multi_lora()
+    kernels = {launch.kernel.__name__ for launch, _ in traffic[13:]}
+    assert kernels == {"linear_kernel", "add_kernel", "conv_add_kernel", "merged_kernel"}
     for launch, (moved,) in traffic:
         assert moved == pytest.approx(launch.bytes, rel=0.1), launch.name
         assert launch.unique_bytes <= launch.bytes, launch.name
+
+
+def _run_multi_lora() -> None:
+    """Every strategy of the multi-LoRA layers, on ragged sizes."""
+    slots, scales = torch.tensor([1, 0, 0]), torch.rand(2, 1)
+    x, weight = torch.randn(3, 77, 80), torch.randn(96, 80)
+    a, b = torch.randn(2, 8, 80), torch.randn(2, 96, 8)
+    multi_lora_linear(x, weight, None, slots, a, b, scales, backend="triton")
+    multi_lora_add_(torch.randn(3, 77, 96), x, slots, a, b, scales, backend="triton")
+    merged_linear(x, merge_weights(weight, a, b, scales), None, slots, backend="triton")
+    images, kernel = torch.randn(3, 16, 9, 10), torch.randn(24, 16, 3, 3)
+    down, up = torch.randn(2, 4, 16, 3, 3), torch.randn(2, 24, 4)
+    multi_lora_conv2d(images, kernel, None, slots, down, up, scales, padding=(1, 1), backend="triton")
+
+
+def test_sdxl_lora_traffic_of_a_call_stays_under_5_gb() -> None:
+    assert sum(layer[0] for layer in SDXL_LINEARS) == 722  # the transformers' linear layers of SDXL
+    assert sdxl_lora_bytes() <= 5e9
