@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import inspect
 import weakref
@@ -17,11 +18,13 @@ from cmlora.adapters import AdapterBank, build_bank, choose_adapters, fill_bank,
 from cmlora.conditions import Conditions, Inputs
 from cmlora.config import CMLoRAConfig
 from cmlora.errors import RunError
-from cmlora.layers import RowSlots, install, stack_projections, uninstall
+from cmlora.layers import RowSlots, install, problems, stack_projections, uninstall
 from cmlora.plan import Step, make_plan, order_adapters
 from cmlora.rows import Rows
 from cmlora.unet import BatchedUNet, check_supported
 from cmlora_kernels import combine_noise, dominant_from_latents, high_frequency_share
+from cmlora_kernels.launch import arch_of
+from cmlora_kernels.tiles import choose
 
 # Pipelines that pass torch.cat([latents] * 2) to the UNet under guidance.
 DOUBLING = (
@@ -119,14 +122,26 @@ class Denoiser:
             self.open()
         # always: PEFT's hot swap writes into a parameter in a way that leaves no trace
         fill_bank(self.bank, scale)
+        for layer, _ in self.bank.layers:
+            layer.forward.seen = None
         for projection in self.batched.stacked.values():
             projection.fill()
+            projection.seen = None
         self._scale = scale
 
     @property
     def adapter_bytes(self) -> int:
         """Memory of all that is stacked."""
         return self.bank.bytes + sum(projection.bytes for projection in self.batched.stacked.values())
+
+    def strategies(self) -> dict[str, int]:
+        """How many of the linear layers that carry adapters ran with which strategy of the kernels' cost model."""
+        device = self.unet.device
+        triton = self.config.backend == "triton" or (self.config.backend == "auto" and device.type == "cuda")
+        ran = list(problems(self.unet, self.batched.stacked))
+        if not triton:
+            return {"definition": len(ran)} if ran else {}
+        return dict(collections.Counter(choose(problem, arch_of(device)).strategy for problem in ran))
 
     def _key(self) -> tuple[object, ...]:
         return (fingerprint(self.unet), self.unet.device)

@@ -6,7 +6,7 @@ the module tree, its names and its `state_dict` never change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cmlora.adapters import AdapterBank, LayerBank
 from cmlora.errors import AdapterError, RunError
 from cmlora_kernels import multi_lora_add_, multi_lora_conv2d, multi_lora_linear
+from cmlora_kernels.tiles import Problem
 
 
 class RowSlots:
@@ -47,6 +48,7 @@ class _MultiLora:
         self.bank = bank
         self.rows = rows
         self.backend: Any = backend
+        self.seen: tuple[int, int] | None = None  # rows and tokens of the last batch
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.rows.by_count is None:
@@ -68,6 +70,7 @@ class MultiLoraLinear(_MultiLora):
         """x [rows, ..., in] -> [rows, ..., out]."""
         base = self.base
         tokens = x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
+        self.seen = (tokens.shape[0], tokens.shape[1])
         if _computes_plainly(base, nn.Linear):
             y = multi_lora_linear(
                 tokens, base.weight, base.bias, slots, bank.a, bank.b, bank.scales, backend=self.backend
@@ -110,9 +113,11 @@ class StackedProjection:
         self.bank = _stack_parts(banks)
         self.rows = rows
         self.backend: Any = backend
+        self.seen: tuple[int, int] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, tokens, in] -> [rows, tokens, 3 * out]."""
+        self.seen = (x.shape[0], x.shape[1])
         bank, slots = self.bank, self.rows.find(x.shape[0])
         return multi_lora_linear(x, self.weight, self.bias, slots, bank.a, bank.b, bank.scales, backend=self.backend)
 
@@ -157,6 +162,18 @@ def stack_projections(model: nn.Module, rows: RowSlots, backend: str) -> dict[nn
         if plain and alike and any(bank is not None for bank in banks):
             stacked[module] = StackedProjection(bases, banks, rows, backend)
     return stacked
+
+
+def problems(model: nn.Module, stacked: dict[nn.Module, StackedProjection]) -> Iterator[Problem]:
+    """The linear problems that ran last, one per launch, as the kernels' cost model takes them."""
+    ran = [f for m in model.modules() if isinstance(f := _forward_of(m), MultiLoraLinear) and f.seen is not None]
+    for bank, seen, bias in (
+        *((f.bank, f.seen, f.base.bias) for f in ran),
+        *((projection.bank, projection.seen, projection.bias) for projection in stacked.values()),
+    ):
+        if bank is not None and seen is not None:
+            (slots, outer, rank), inner, parts = bank.b.shape, bank.a.shape[2], bank.scales.shape[1]
+            yield Problem(*seen, inner, outer, rank, parts, slots, bank.a.dtype, bias is not None)
 
 
 def carries_adapter(module: nn.Module) -> bool:

@@ -38,6 +38,8 @@ class Summary:
         method: of the config.
         adapters: in the order of their slots.
         steps: one entry per UNet evaluation.
+        strategies: linear layers per strategy of the kernels' cost model: "fused" (the update inside the base GEMM),
+            "add" (behind it), "definition" (plain torch).
         refreshes: how often each adapter's whole UNet pass ran, counted over the images of the batch.
         adapter_bytes: memory of the stacked adapters and of the q, k, v weights laid one below the other.
         cache_bytes: memory of the cached features, the prompt's keys and values and the time embeddings.
@@ -47,14 +49,16 @@ class Summary:
     adapters: tuple[str, ...]
     steps: tuple[StepSummary, ...]
     refreshes: dict[str, int]
+    strategies: dict[str, int]
     adapter_bytes: int
     cache_bytes: int
 
     def __str__(self) -> str:
         lines = [
             f"{self.method}: {', '.join(self.adapters) or 'no adapter'}; {len(self.steps)} steps",
-            f"adapters {self.adapter_bytes / 2**20:.1f} MiB, cached features {self.cache_bytes / 2**20:.1f} MiB",
+            f"adapters {self.adapter_bytes / 2**20:.1f} MiB, cached {self.cache_bytes / 2**20:.1f} MiB",
             "full passes: " + (", ".join(f"{name} {count}" for name, count in self.refreshes.items()) or "none"),
+            "LoRA layers: " + (", ".join(f"{name} {count}" for name, count in self.strategies.items()) or "none"),
             f"{'step':>4} {'full':>5} {'shallow':>7} {'weight':>7}  {'m':<16} dominant",
         ]
         for i, step in enumerate(self.steps):
@@ -70,7 +74,7 @@ def summarise(denoiser: Denoiser) -> Summary:
     bank, run = denoiser.bank, denoiser.last_run
     names = bank.names
     if run is None:
-        return Summary(denoiser.config.method, names, (), {}, denoiser.adapter_bytes, 0)
+        return Summary(denoiser.config.method, names, (), {}, {}, denoiser.adapter_bytes, 0)
     labels = ("+".join(names),) if denoiser.config.method == "merge" else names
     refreshes = dict.fromkeys(("base", *labels), 0)
     steps = []
@@ -80,7 +84,8 @@ def summarise(denoiser: Denoiser) -> Summary:
         steps.append(_step(record, names))
     counted = {name: count for name, count in refreshes.items() if count or name != "base"}
     cache_bytes = max((record.cache_bytes for record in run.record), default=0)
-    return Summary(denoiser.config.method, names, tuple(steps), counted, denoiser.adapter_bytes, cache_bytes)
+    strategies, method = denoiser.strategies(), denoiser.config.method
+    return Summary(method, names, tuple(steps), counted, strategies, denoiser.adapter_bytes, cache_bytes)
 
 
 def _refreshed(record: Record, labels: Sequence[str]) -> list[str]:

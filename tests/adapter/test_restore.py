@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft.tuners.lora import Linear as PeftLinear
 
 import cmlora
 from tests.models import EVERYTHING, add_lora, call, embeddings, sd_pipe
@@ -147,4 +148,11 @@ def test_summary_counts_what_ran(pipe):
     steps = cmlora.summary(pipe).steps
     assert [s.rows_full for s in steps if s.rows_full] == deep == [4, 2, 2]
     assert [s.rows_full + s.rows_shallow for s in steps] == shallow == [4] * 5
+    call(pipe, 1)  # without hooks, which would keep q, k, v of the middle block apart
+    # EVERYTHING: q, k, v of 16 self-attentions in one launch each, all other linear layers alone
+    assert cmlora.summary(pipe).strategies == {"definition": 16 + linear_layers(pipe) - 3 * 16}
     assert "dominant" in str(cmlora.summary(pipe))
+
+
+def linear_layers(pipe):
+    return sum(isinstance(m, PeftLinear) for m in pipe.unet.modules())
