@@ -88,12 +88,12 @@ def per_step_of_loop(pipe, names):
     return [(b - a) / 4 for a, b in zip(*counted, strict=True)]
 
 
-def test_device_operations_are_at_most_half_of_the_loops(counts):
-    assert counts[5][0] <= counts["loop"][0] / 2, counts
+def test_device_operations_are_at_most_a_fifth_of_the_loops(counts):
+    assert counts[5][0] <= min(450, counts["loop"][0] / 5), counts
 
 
 def test_device_operations_hardly_grow_with_the_number_of_adapters(counts):
-    assert counts[8][0] < counts[2][0] * 1.1, counts
+    assert counts[8][0] < counts[2][0] * 1.05, counts
 
 
 def test_no_host_read_beyond_the_plain_pipes_own(counts):
@@ -107,8 +107,8 @@ def test_set_adapters_is_never_called_in_a_run(monkeypatch):
     call(pipe)
 
 
-def test_flops_on_sd15_are_not_above_the_loops():
-    """One refresh and one reuse step of SD1.5 at 512 px, N = 5, on `meta`: shapes only, no weights."""
+def test_flops_on_sd15_are_7_percent_below_the_loops():
+    """One reuse and one refresh step of SD1.5 at 512 px, N = 5, on `meta`: shapes only, no weights."""
 
     def flops(run):
         with torch.device("meta"):
