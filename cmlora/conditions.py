@@ -24,15 +24,11 @@ from cmlora.rows import Rows, Shared, whole
 
 @dataclass
 class Inputs:
-    """What the pipeline passes to the UNet, [own rows, ...]; names as in UNet2DConditionModel.forward.
-
-    `halves`: guidance halves of the batch that are known to have the same latents.
-    """
+    """What the pipeline passes to the UNet, [own rows, ...]; names as in UNet2DConditionModel.forward."""
 
     sample: Tensor
     timestep: Tensor
     encoder_hidden_states: Tensor
-    halves: int = 1
     class_labels: Tensor | None = None
     timestep_cond: Tensor | None = None
     attention_mask: Tensor | None = None
@@ -74,7 +70,6 @@ class Conditions:
         unet: the model.
         inputs: of a step of the run.
         timesteps: [steps] of the whole run.
-        everyone: all rows.
         row_slots: where the LoRA layers read their slots.
         stacked: q, k, v stacked, per attention.
     """

@@ -38,6 +38,8 @@ DOUBLING = (
     "StableDiffusionXLControlNetPipeline",
 )
 
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 @dataclass
 class Run:
@@ -246,8 +248,7 @@ class Denoiser:
     def _check_halves(self, run: Run, sample: Tensor) -> None:
         """Watch on the device that the halves stay alike, bit for bit (NaN equals NaN)."""
         if run.halves == 2 and not sample.is_meta:
-            bits = sample.view(torch.int32 if sample.element_size() == 4 else torch.int16)
-            first, second = bits.chunk(2)
+            first, second = sample.view(BITS[sample.element_size()]).chunk(2)
             torch._assert_async((first == second).all(), "the guidance halves of the batch parted in mid-run")
 
     def _shrink(self, run: Run, sample: Tensor) -> None:
@@ -277,7 +278,6 @@ class Denoiser:
         full = step.full or run.cache is None
         deep = everyone if full else self._deep_rows(run, step, inputs.sample.device)
         self._check_halves(run, inputs.sample)
-        inputs.halves = run.halves
         timesteps = run.timesteps[run.first : run.first + len(run.plan)]
         run.conditions = self.batched.prepare(inputs, everyone, run.conditions, timesteps)
         noise, cache = self.batched.run(inputs, everyone, deep, run.cache, run.conditions, index)
@@ -295,11 +295,7 @@ class Denoiser:
         """Weights per prediction and image, the dominant adapter where the device decides; returns the gate's m."""
         config, gate = self.config, None
         adapters = sum(slot >= 0 for slot in step.slots)
-        if config.method == "cmlora" and config.partition == "online" and index > 0:
-            # an inpainting UNet's input carries the mask behind the latents
-            latents = sample[:, : self.unet.config.out_channels]
-            if not (step.gated and step.rotate):
-                gate = high_frequency_share(latents, config.online_cutoff, backend=config.backend)
+        latents = sample[:, : self.unet.config.out_channels]  # an inpainting UNet's input carries the mask behind them
         if step.gated and step.rotate:
             assert step.early is not None
             assert step.late is not None
@@ -320,6 +316,8 @@ class Denoiser:
             if step.early is not None:
                 weights[step.early] = step.dominant_coefficient
             run.weights = _with_base(weights, step)
+        if gate is None and config.method == "cmlora" and config.partition == "online" and index > 0:
+            gate = high_frequency_share(latents, config.online_cutoff, backend=config.backend)  # for the summary
         return gate
 
     def _rows(self, run: Run, step: Step, predictions: tuple[int, ...], device: torch.device) -> Rows:
