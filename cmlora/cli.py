@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from cmlora import CMLoRAError, accelerate, restore, summary
 from cmlora.config import CMLoRAConfig
+from cmlora.pictures import labelled_grid
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -78,9 +79,23 @@ def generate(
         images.append(_draw(pipe, prompt, negative, steps, guidance, seed, height, width))
         typer.echo(summary(pipe))
         restore(pipe)
-    image = labelled(images, methods) if compare else images[0]
+    image = labelled_grid([images], methods) if compare else images[0]
     image.save(out)
     typer.echo(f"wrote {out}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.", file_okay=False)] = Path("cmlora-demo"),
+    steps: Annotated[int, typer.Option(min=2)] = 20,
+    seed: int = 1,
+) -> None:
+    """Draw the methods side by side with the shipped model and LoRAs: no GPU, no download."""
+    from cmlora.demo import run_demo
+
+    for path in run_demo(out, steps, seed):
+        typer.echo(f"wrote {path}")
+    typer.echo((out / "run.txt").read_text())
 
 
 @app.command("inspect-kernels")
@@ -147,20 +162,6 @@ def _draw(
         generator=torch.Generator().manual_seed(seed),
     ).images[0]
     return image
-
-
-def labelled(images: Sequence[Image.Image], labels: Sequence[str]) -> Image.Image:
-    """Images of one size side by side, each under its label; small ones are enlarged to be seen."""
-    factor = max(1, 256 // images[0].width)
-    side, tall = images[0].width * factor, images[0].height * factor
-    band, gap = 28, 8
-    sheet = Image.new("RGB", (len(images) * (side + gap) - gap, tall + band), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        left = i * (side + gap)
-        sheet.paste(image.resize((side, tall), Image.Resampling.NEAREST), (left, band))
-        pen.text((left + side / 2, band / 2), label, fill="black", font=font, anchor="mm")
-    return sheet
 
 
 def main() -> None:

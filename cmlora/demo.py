@@ -1,0 +1,84 @@
+"""The demo: the methods side by side on the shipped model, and one run step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from cmlora import sprites
+from cmlora.accelerate import accelerate, restore, summary
+from cmlora.pictures import labelled_grid, timeline
+
+METHODS = ("merge", "switch", "composite", "cmlora")
+ADAPTERS = {  # role, in the order in which LoRAs are added -> trigger word and its clause
+    "character": ("zebrin", "a zebrin creature"),
+    "clothing": ("tophat", "wearing a tophat"),
+    "object": ("balloon", "holding a balloon"),
+    "background": ("checker", "checker background"),
+    "style": ("sketch", "sketch style"),
+}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo wrote: two pictures and the summary of the run in the second."""
+
+    methods: Path
+    run: Path
+    summary: Path
+
+
+def load_pipe(roles: Sequence[str] = tuple(ADAPTERS)) -> Any:
+    """The shipped pipeline with one LoRA per role, on the GPU where there is one."""
+    from diffusers import StableDiffusionPipeline
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = StableDiffusionPipeline.from_pretrained(sprites.model_path(), torch_dtype=torch.float32).to(device)
+    for role in roles:
+        pipe.load_lora_weights(sprites.lora_path(ADAPTERS[role][0]), adapter_name=role)
+    return pipe
+
+
+def prompt_for(roles: Sequence[str]) -> str:
+    """What a person would write for these LoRAs."""
+    return ", ".join(ADAPTERS[role][1] for role in ADAPTERS if role in roles)
+
+
+def draw(pipe: Any, roles: Sequence[str], method: str, steps: int, seed: int, **config: Any) -> Image.Image:
+    """One image with one method; the pipeline stays accelerated, so that `summary` can be asked."""
+    pipe.set_adapters(list(roles))
+    accelerate(pipe, method=method, **config)
+    pipe.set_progress_bar_config(desc=f"{len(roles)} LoRAs, {method}", leave=False)
+    generator = torch.Generator().manual_seed(seed)
+    image: Image.Image = pipe(
+        prompt_for(roles), num_inference_steps=steps, guidance_scale=4.0, generator=generator
+    ).images[0]
+    return image
+
+
+def run_demo(out: Path, steps: int = 20, seed: int = 1) -> Iterator[Path]:
+    """Draw the methods for two to five LoRAs at one seed, and one run of `cmlora`; yields each file once written.
+
+    Args:
+        out: folder for methods.png, run.png and run.txt; made if absent.
+        steps: denoising steps. seed: of the latents, the same for all images.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    pipe = load_pipe()
+    roles = tuple(ADAPTERS)
+    images = [[draw(pipe, roles[:n], method, steps, seed) for method in METHODS] for n in range(2, len(roles) + 1)]
+    labels = [f"{n} LoRAs" for n in range(2, len(roles) + 1)]
+    labelled_grid(images, METHODS, labels).save(out / "methods.png")
+    yield out / "methods.png"
+    image = draw(pipe, roles[:4], "cmlora", steps, seed)
+    told = summary(pipe)
+    restore(pipe)
+    timeline(told, image).save(out / "run.png")
+    yield out / "run.png"
+    (out / "run.txt").write_text(f"{told}\n")
+    yield out / "run.txt"
