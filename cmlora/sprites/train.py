@@ -1,0 +1,271 @@
+"""Trains the sprites model: python -m cmlora.sprites.train all|vae|detector|base|lora|measure [--work DIR] [--out DIR].
+
+Every stage stops where it was interrupted and goes on from there; a finished one is only loaded. Seeds are fixed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+from cmlora.sprites import draw, measure
+from cmlora.sprites.detector import WEIGHTS, Detector, blend_targets, jitter, partner
+from cmlora.sprites.fit import Schedule, fit
+from cmlora.sprites.model import (
+    make_pipeline,
+    make_scheduler,
+    make_text_encoder,
+    make_tokenizer,
+    make_unet,
+    make_vae,
+    tokenize,
+)
+
+VAE = Schedule(steps=1900, lr=2e-3, weight_decay=0.0)
+VAE_IMAGES, VAE_BATCH = 12288, 16
+DETECTOR = Schedule(steps=1500, lr=2e-3)
+BASE = Schedule(steps=3000, lr=1e-3, warmup=100, ema=0.998)
+BASE_IMAGES, BASE_BATCH = 12288, 32
+LORA = Schedule(steps=240, lr=2e-3, warmup=20, weight_decay=0.0)
+LORA_IMAGES, LORA_BATCH, RANK = 1024, 16, 8
+KOHYA = ("tophat", "checker")
+"""LoRAs that are saved in kohya's key format too."""
+CONVOLVED = "checker"
+"""The LoRA with a part on the 3x3 convolutions."""
+
+
+def as_input(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, SIZE, SIZE, 3] to float32 [n, 3, SIZE, SIZE] in -1..1."""
+    return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def drawn(scenes: draw.Scenes) -> torch.Tensor:
+    """Renders, uint8 [n, SIZE, SIZE, 3]."""
+    return torch.from_numpy(draw.render(scenes))
+
+
+def batch_at(step: int, size: int, count: int) -> tuple[torch.Tensor, torch.Generator]:
+    """Indices of this step's batch, and the generator for whatever else is random in it."""
+    generator = torch.Generator().manual_seed(1_000_003 * step + 17)
+    return torch.randint(count, (size,), generator=generator), generator
+
+
+@torch.no_grad()
+def encoded(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Latents [n, 4, 16, 16] of renders: the posterior's mean."""
+    return torch.cat([vae.encode(as_input(part)).latent_dist.mean for part in pixels.split(64)])
+
+
+# --- VAE ---
+
+
+def train_vae(work: Path) -> AutoencoderKL:
+    """Learns to draw all scenes, concepts included: as Stable Diffusion's, it is not what a LoRA teaches."""
+    torch.manual_seed(0)
+    vae = make_vae().to(memory_format=torch.channels_last)
+    pixels = drawn(draw.sample(VAE_IMAGES, seed=1, concepts=0.3))
+
+    def loss_at(step: int) -> torch.Tensor:
+        index, generator = batch_at(step, VAE_BATCH, VAE_IMAGES)
+        x = as_input(pixels[index])
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample(generator)).sample
+        error = y - x
+        contours = (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
+        kl = posterior.kl() / posterior.mean[0].numel()
+        return F.mse_loss(y, x) + 0.1 * error.abs().mean() + 0.2 * contours + 1e-4 * kl.mean()
+
+    fit("vae", vae, loss_at, VAE, work)
+    vae.eval().requires_grad_(False)
+    standardise(vae, pixels[:1024])
+    return vae
+
+
+@torch.no_grad()
+def standardise(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
+    """Folds mean 0 and deviation 1 of every latent channel into the two 1x1 convolutions round the latents."""
+    latents = encoded(vae, pixels)
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    channels = len(mean)
+    into, out = vae.quant_conv, vae.post_quant_conv
+    into.weight[:channels] /= std[:, None, None, None]
+    into.bias[:channels] = (into.bias[:channels] - mean) / std
+    into.bias[channels:] -= 2 * std.log()  # the other half of the outputs is the log variance
+    out.bias += out.weight[:, :, 0, 0] @ mean
+    out.weight *= std[None, :, None, None]
+
+
+# --- detector ---
+
+
+def train_detector(work: Path, out: Path, vae: AutoencoderKL) -> None:
+    """A quarter each of renders, decoded renders, blended renders and decoded blends of latents."""
+    torch.manual_seed(1)
+    detector = Detector()
+    count = 6144
+    scenes = draw.sample(count, seed=2, concepts=0.35)
+    others = partner(scenes, seed=3, concepts=0.35)
+    pixels, other_pixels = drawn(scenes), drawn(others)
+    latents, other_latents = encoded(vae, pixels), encoded(vae, other_pixels)
+    truth, other_truth = torch.from_numpy(draw.labels(scenes)), torch.from_numpy(draw.labels(others))
+
+    def loss_at(step: int) -> torch.Tensor:
+        index, generator = batch_at(step, 64, count)
+        whole = torch.arange(64) % 4 < 2
+        share = torch.where(whole, 1.0, 0.15 + 0.7 * torch.rand(64, generator=generator))
+        a, b, s = as_input(pixels[index]), as_input(other_pixels[index]), share[:, None, None, None]
+        x = s * a + (1 - s) * b
+        through = torch.arange(64) % 2 == 1
+        z = s * latents[index] + (1 - s) * other_latents[index]
+        z = z + 0.1 * torch.rand(64, 1, 1, 1, generator=generator) * torch.randn(z.shape, generator=generator)
+        with torch.no_grad():
+            x[through] = vae.decode(z[through]).sample
+        target, counts = blend_targets(truth[index], other_truth[index], share)
+        losses = F.binary_cross_entropy_with_logits(detector(jitter(x, generator)), target, reduction="none")
+        return (losses * counts).sum() / counts.sum()
+
+    fit("detector", detector, loss_at, DETECTOR, work)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in detector.state_dict().items()},
+              out / "detector.safetensors")  # fmt: skip
+
+
+# --- base model ---
+
+
+class Noising:
+    """The forward process, and the min-SNR weighted loss (gamma 5, Hang et al. 2023) of a predicted noise."""
+
+    def __init__(self) -> None:
+        self.kept = make_scheduler().alphas_cumprod
+
+    def loss(self, unet: nn.Module, z: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        t = torch.randint(len(self.kept), (len(z),), generator=generator)
+        kept = self.kept[t][:, None, None, None]
+        noise = torch.randn(z.shape, generator=generator)
+        noisy = (kept.sqrt() * z + (1 - kept).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+        error = (unet(noisy, t, encoder_hidden_states=text).sample - noise).square().mean((1, 2, 3))
+        snr = self.kept[t] / (1 - self.kept[t])
+        return (error * snr.clamp(max=5) / snr).mean()
+
+
+def train_base(work: Path, out: Path, vae: AutoencoderKL) -> None:
+    """Text encoder and UNet together, on scenes without any of the ten concepts; one caption in ten is empty."""
+    torch.manual_seed(2)
+    tokenizer = make_tokenizer(work / "tokenizer")
+    text_encoder = make_text_encoder(tokenizer)
+    unet = make_unet().to(memory_format=torch.channels_last)
+    scenes = draw.sample(BASE_IMAGES, seed=4, held_back=False)
+    z = _cached(work / "base_latents.pt", lambda: encoded(vae, drawn(scenes)))
+    ids = torch.stack([tokenize(tokenizer, draw.captions(scenes, seed)) for seed in (None, 5, 6, 7)])
+    empty = tokenize(tokenizer, [""])
+    noising = Noising()
+
+    def loss_at(step: int) -> torch.Tensor:
+        index, generator = batch_at(step, BASE_BATCH, BASE_IMAGES)
+        wording = torch.randint(len(ids), (BASE_BATCH,), generator=generator)
+        dropped = torch.rand(BASE_BATCH, 1, generator=generator) < 0.1
+        text = text_encoder(torch.where(dropped, empty, ids[wording, index])).last_hidden_state
+        return noising.loss(unet, z[index], text, generator)
+
+    fit("base", nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}), loss_at, BASE, work)
+    pipe = make_pipeline(tokenizer, text_encoder, unet, vae)
+    pipe.to(dtype=torch.float16).save_pretrained(out / "model")
+
+
+def _cached(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    if not path.exists():
+        torch.save(make(), path)
+    made: torch.Tensor = torch.load(path, weights_only=True)
+    return made
+
+
+# --- LoRAs ---
+
+
+def lora_layers(name: str) -> str:
+    """A pattern of the layers that a LoRA adapts: attention and feed-forward, for one of them the 3x3 convolutions."""
+    linear = r"to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2"
+    return rf".*\.({linear}|conv1|conv2)" if name == CONVOLVED else rf".*\.({linear})"
+
+
+def train_loras(work: Path, out: Path, names: tuple[str, ...] = draw.CONCEPTS) -> None:
+    """One LoRA per concept, on the finished base model as users load it."""
+    (out / "lora").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        pipe = StableDiffusionPipeline.from_pretrained(out / "model", torch_dtype=torch.float32)
+        pipe.unet.requires_grad_(False)
+        torch.manual_seed(3)
+        config = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=lora_layers(name))
+        pipe.unet.add_adapter(config, adapter_name=name)
+        train_lora(work, name, pipe)
+        state = get_peft_model_state_dict(pipe.unet, adapter_name=name)
+        state = {key: value.half().contiguous() for key, value in state.items()}
+        pipe.save_lora_weights(
+            out / "lora",
+            unet_lora_layers=convert_state_dict_to_diffusers(state),
+            weight_name=f"{name}.safetensors",
+        )
+        if name in KOHYA:
+            prefixed = {f"unet.{key}": value for key, value in state.items()}
+            kohya = convert_state_dict_to_kohya(prefixed)
+            kohya = {key: value.contiguous() for key, value in kohya.items()}
+            save_file(kohya, out / "lora" / f"{name}_kohya.safetensors", metadata={"ss_network_dim": str(RANK)})
+
+
+def train_lora(work: Path, name: str, pipe: StableDiffusionPipeline) -> None:
+    """Three quarters of a batch show the concept with its word; one quarter has neither, so that nothing else changes."""
+    plain = draw.sample(LORA_IMAGES, seed=8, held_back=False)
+    shown = draw.sample(LORA_IMAGES, seed=9, held_back=False).with_concept(name)
+    unet = pipe.unet.to(memory_format=torch.channels_last)
+    z, text = [], []
+    with torch.no_grad():
+        for scenes in (plain, shown):
+            ids = tokenize(pipe.tokenizer, draw.captions(scenes, seed=10))
+            text.append(torch.cat([pipe.text_encoder(part).last_hidden_state for part in ids.split(128)]))
+            z.append(encoded(pipe.vae, drawn(scenes)))
+    noising = Noising()
+    which = (torch.arange(LORA_BATCH) % 4 > 0).long()
+    z, text = torch.stack(z), torch.stack(text)
+
+    def loss_at(step: int) -> torch.Tensor:
+        index, generator = batch_at(step, LORA_BATCH, LORA_IMAGES)
+        return noising.loss(unet, z[which, index], text[which, index], generator)
+
+    fit(f"lora_{name}", unet, loss_at, LORA, work)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["vae", "detector", "base", "lora", "measure", "all"])
+    parser.add_argument("--work", type=Path, default=Path("sprites_run"), help="checkpoints and logs")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the finished weights go")
+    parser.add_argument("--lora", nargs="*", default=draw.CONCEPTS, help="only these LoRAs")
+    chosen = parser.parse_args()
+    work, out, stage = chosen.work, chosen.out, chosen.stage
+    work.mkdir(parents=True, exist_ok=True)
+    if stage in ("vae", "detector", "base", "all"):
+        vae = train_vae(work)
+        if stage in ("detector", "all"):
+            train_detector(work, out, vae)
+        if stage in ("base", "all"):
+            train_base(work, out, vae)
+    if stage in ("lora", "all"):
+        train_loras(work, out, tuple(chosen.lora))
+    if stage in ("measure", "all"):
+        print(json.dumps(measure.everything(out, work), indent=1))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
