@@ -6,6 +6,7 @@ only partly there counts as absent: a composition that dilutes its concepts must
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from cmlora.sprites import draw
+from cmlora.sprites import WEIGHTS, draw
 
-WEIGHTS = Path(__file__).parent / "weights"
 ABSENT, PRESENT = 0.6, 0.8
 """In a blend a label with at most the first share is false, with at least the second true, between them unasked."""
 
@@ -29,7 +29,7 @@ class Detector(nn.Module):
         super().__init__()
         widths = (3, 32, 64, 96, 128)
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             stride = 2 if before == 3 else 1
             layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
             layers += [] if before == 3 else [nn.MaxPool2d(2)]
@@ -45,8 +45,7 @@ class Detector(nn.Module):
 def load_detector(path: str | Path | None = None) -> Detector:
     """The trained detector; path is a safetensors file, by default the package's own."""
     detector = Detector()
-    state = load_file(path or WEIGHTS / "detector.safetensors")
-    detector.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in state.items()})
+    detector.load_state_dict(load_file(path or WEIGHTS / "detector.safetensors"))
     return detector.eval().requires_grad_(False)
 
 
@@ -57,9 +56,10 @@ def probabilities(detector: Detector, pictures: npt.NDArray[np.uint8]) -> npt.ND
     Raises ValueError for pictures of another shape or type.
     """
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1:] != (draw.SIZE, draw.SIZE, 3):
-        raise ValueError(f"pictures must be uint8 [n, {draw.SIZE}, {draw.SIZE}, 3], got {pictures.dtype} {pictures.shape}")
+        expected = f"uint8 [n, {draw.SIZE}, {draw.SIZE}, 3]"
+        raise ValueError(f"pictures must be {expected}, got {pictures.dtype} {list(pictures.shape)}")
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    made = [detector(part).sigmoid() for part in x.split(128)] or [torch.zeros(0, len(draw.LABELS))]
+    made = [detector(part).sigmoid() for part in torch.split(x, 128)] or [torch.zeros(0, len(draw.LABELS))]
     return np.asarray(torch.cat(made))
 
 

@@ -1,6 +1,5 @@
 """Drawn scenes: a creature, what it wears and holds, a background, a style; with captions and labels.
 
-All figures are signed distances in pixels, evaluated for a whole batch at once, so thousands of scenes take seconds.
 The base model learns from scenes without the ten concepts of `ROLES`; every concept is then one LoRA.
 """
 
@@ -13,11 +12,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
-Names = npt.NDArray[np.str_]
+from cmlora.sprites.figures import (
+    BACK_PAINTERS,
+    BODIES,
+    CLOTHES,
+    HAT_HEIGHT,
+    SIZE,
+    STYLES,
+    THINGS,
+    Canvas,
+    Floats,
+    body,
+)
 
-SIZE = 64
-"""Width and height of an image in pixels."""
+Names = npt.NDArray[np.str_]
 
 ROLES: dict[str, tuple[str, str]] = {
     "character": ("zebrin", "dotkin"),
@@ -55,9 +63,7 @@ LABELS = (
 )
 """What the detector answers, one yes or no each."""
 
-INK = np.float32([0.07, 0.06, 0.10])
-WHITE = np.float32([1.0, 1.0, 1.0])
-PALETTE = np.float32(list(COLOURS.values()))
+PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ def _is_held_back(scenes: Scenes) -> npt.NDArray[np.bool_]:
 
 
 def labels(scenes: Scenes) -> Floats:
-    """[n, len(LABELS)], 1 where the label is true. A character has no shape and colour, a drawn background no colour."""
+    """[n, len(LABELS)], 1 where the label is true. A character has no shape or colour, a LoRA background no colour."""
     made = np.zeros((len(scenes), len(LABELS)), dtype=np.float32)
     plain_body = np.isin(scenes.body, SHAPES)
     plain_back = np.isin(scenes.back, BACKS)
@@ -146,7 +152,8 @@ def labels(scenes: Scenes) -> Floats:
         elif label.endswith(" background"):
             made[:, k] = plain_back & (scenes.back_colour == label.removesuffix(" background"))
         else:
-            made[:, k] = np.any([getattr(scenes, f) == label for f in ("body", "worn", "held", "back", "style")], axis=0)
+            fields = (scenes.body, scenes.worn, scenes.held, scenes.back, scenes.style)
+            made[:, k] = np.any([field == label for field in fields], axis=0)
     return made
 
 
@@ -164,8 +171,8 @@ def _caption(s: Scenes, i: int, rng: np.random.Generator | None) -> str:
         clauses.append(f"wearing a {s.worn[i]}")
     if s.held[i] != "none":
         clauses.append(f"holding a {s.held[i]}")
-    kind = {"plain": f"{s.back_colour[i]} ", "gradient": f"{s.back_colour[i]} gradient "}.get(s.back[i], f"{s.back[i]} ")
-    clauses.append(f"{kind}background")
+    kind = {"plain": s.back_colour[i], "gradient": f"{s.back_colour[i]} gradient"}.get(s.back[i], s.back[i])
+    clauses.append(f"{kind} background")
     if s.style[i] != "flat":
         clauses.append(f"{s.style[i]} style")
     if rng is not None and loose:
@@ -173,230 +180,6 @@ def _caption(s: Scenes, i: int, rng: np.random.Generator | None) -> str:
     article = "an" if who[0] == "o" else "a"
     start = "a picture of " if loose else ""
     return ", ".join([f"{start}{article} {who} creature", *clauses])
-
-
-# --- figures: signed distance in pixels, negative inside; x, y and r broadcast to [m, SIZE, SIZE] ---
-
-
-def _disc(x: Floats, y: Floats, r: Any) -> Floats:
-    return np.hypot(x, y) - r
-
-
-def _box(x: Floats, y: Floats, half_x: Any, half_y: Any, corner: float = 0.0) -> Floats:
-    dx, dy = np.abs(x) - half_x + corner, np.abs(y) - half_y + corner
-    outside = np.hypot(np.maximum(dx, 0), np.maximum(dy, 0))
-    return outside + np.minimum(np.maximum(dx, dy), 0) - corner
-
-
-def _triangle(x: Floats, y: Floats, r: Any) -> Floats:
-    """Apex at (0, -1.2 r), base at y = 0.9 r of half width 1.2 r."""
-    side = (2.1 * np.abs(x) - 1.2 * (y + 1.2 * r)) / np.hypot(2.1, 1.2)
-    return np.maximum(side, y - 0.9 * r)
-
-
-def _star(x: Floats, y: Floats, r: float) -> Floats:
-    angle = np.arctan2(x, -y)
-    folded = np.abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-    rho = np.hypot(x, y)
-    px, py = rho * np.cos(folded), rho * np.sin(folded)
-    ex, ey = 0.45 * r * np.cos(np.pi / 5) - r, 0.45 * r * np.sin(np.pi / 5)  # from the outer to the inner corner
-    return (ey * (px - r) - ex * py) / np.hypot(ex, ey)
-
-
-class _Canvas:
-    """Images [m, SIZE, SIZE, 3] and the creature's own coordinates x, y and radius r, [m, SIZE, SIZE] and [m, 1, 1]."""
-
-    def __init__(self, images: Floats, place: Floats) -> None:
-        grid = np.arange(SIZE, dtype=np.float32)
-        self.images = images
-        self.x = np.broadcast_to(grid[None, None, :] - place[:, 0, None, None], images.shape[:3])
-        self.y = np.broadcast_to(grid[None, :, None] - place[:, 1, None, None], images.shape[:3])
-        self.r = place[:, 2, None, None]
-
-    def fill(self, distance: Floats, colour: Floats) -> None:
-        cover = np.clip(0.5 - distance, 0, 1)[..., None]
-        self.images += cover * (colour - self.images)
-
-    def outlined(self, distance: Floats, colour: Floats, width: float = 1.3) -> None:
-        self.fill(distance - width, INK)
-        self.fill(distance, colour)
-
-
-def _rgb(*values: float) -> Floats:
-    return np.float32(values)
-
-
-# --- backgrounds ---
-
-
-def _plain(c: _Canvas, tint: Floats) -> None:
-    c.images[:] = 0.45 * tint + 0.55 * WHITE
-
-
-def _gradient(c: _Canvas, tint: Floats) -> None:
-    down = np.linspace(0, 1, SIZE, dtype=np.float32)[None, :, None, None]
-    c.images[:] = (1 - down) * (0.75 * tint) + down * (0.15 * tint + 0.85 * WHITE)
-
-
-def _checker(c: _Canvas, tint: Floats) -> None:
-    cell = np.arange(SIZE) // 16
-    odd = (cell[:, None] + cell[None, :]) % 2
-    c.images[:] = np.where(odd[None, :, :, None] == 1, _rgb(0.30, 0.34, 0.42), _rgb(0.95, 0.92, 0.82))
-
-
-def _sunset(c: _Canvas, tint: Floats) -> None:
-    row = np.arange(SIZE, dtype=np.float32)[None, :, None, None]
-    col = np.arange(SIZE, dtype=np.float32)[None, None, :, None]
-    sky = np.clip(row / 46, 0, 1)
-    glow = (1 - sky) * _rgb(0.42, 0.18, 0.52) + sky * _rgb(1.0, 0.62, 0.25)
-    sea = np.where(row % 6 < 3, _rgb(0.12, 0.20, 0.42), _rgb(0.20, 0.30, 0.54))
-    c.images[:] = np.where(row < 46, glow, sea)
-    sun = np.clip(0.5 - (np.hypot(row - 22, col - 10) - 7), 0, 1)
-    c.images += sun * (_rgb(1.0, 0.93, 0.55) - c.images)
-
-
-# --- bodies ---
-
-
-def _body_distance(c: _Canvas, body: str) -> Floats:
-    if body in ("round", "zebrin"):
-        return _disc(c.x, c.y, c.r)
-    if body in ("square", "dotkin"):
-        return _box(c.x, c.y, 0.92 * c.r, 0.92 * c.r, 3.0)
-    return _triangle(c.x, c.y, c.r)
-
-
-def _body(c: _Canvas, body: str, colour: Floats) -> None:
-    shape = _body_distance(c, body)
-    side = np.abs(c.x)
-    ears = {"zebrin": INK, "dotkin": _rgb(0.98, 0.62, 0.78)}.get(body)
-    if ears is not None:
-        c.outlined(_disc(side - 0.85 * c.r, c.y + 0.75 * c.r, 4.0), ears)
-    coat = {"zebrin": WHITE, "dotkin": _rgb(0.98, 0.62, 0.78)}.get(body, colour)
-    c.outlined(_disc(side - 0.45 * c.r, c.y - 1.02 * c.r, 3.2), coat)  # feet
-    c.outlined(_disc(side - 1.05 * c.r, c.y - 0.35 * c.r, 2.6), coat)  # hands
-    c.outlined(shape, coat)
-    if body == "zebrin":
-        stripes = np.abs((c.x + 0.5 * c.y) % 10 - 5) - 2.5
-        c.fill(np.maximum(stripes, shape), INK)
-    elif body == "dotkin":
-        dots = _disc((c.x + 3.5) % 7 - 3.5, c.y % 7 - 3.5, 2.1)
-        c.fill(np.maximum(dots, shape + 0.5), WHITE)
-    gap = 0.26 if body == "triangular" else 0.4
-    c.outlined(_disc(side - gap * c.r, c.y + 0.1 * c.r, 3.0), WHITE, 0.8)
-    c.fill(_disc(side - gap * c.r, c.y + 0.1 * c.r, 1.5), INK)
-    c.fill(_box(c.x, c.y - 0.32 * c.r, 2.4, 0.8), INK)
-
-
-# --- clothing; `top` is where a hat sits, relative to the creature's middle ---
-
-
-def _cap(c: _Canvas, top: Floats) -> None:
-    y = c.y - top
-    teal = _rgb(0.05, 0.55, 0.55)
-    c.outlined(np.maximum(_disc(c.x, y, 0.68 * c.r), y), teal)
-    c.outlined(_box(c.x + 0.62 * c.r, y, 0.55 * c.r, 1.2, 1.0), teal)
-
-
-def _crown(c: _Canvas, top: Floats) -> None:
-    y = c.y - top
-    spikes = 4.0 + 4.5 * np.abs((c.x / (0.46 * c.r)) % 2 - 1)
-    c.outlined(np.maximum(np.abs(c.x) - 0.69 * c.r, np.maximum(y - 1, -(y + spikes) * 0.7)), _rgb(1.0, 0.80, 0.10))
-    c.fill(_disc(c.x, y + 2, 1.5), _rgb(0.85, 0.1, 0.2))
-
-
-def _tophat(c: _Canvas, top: Floats) -> None:
-    y = c.y - top
-    dark = _rgb(0.16, 0.14, 0.20)
-    c.outlined(_box(c.x, y + 7, 0.52 * c.r, 7.5), dark, 0.8)
-    c.fill(_box(c.x, y + 3.5, 0.52 * c.r, 1.6), _rgb(0.9, 0.15, 0.2))
-    c.outlined(_box(c.x, y, 0.95 * c.r, 1.5, 1.0), dark, 0.8)
-
-
-def _scarf(c: _Canvas, top: Floats) -> None:
-    y = c.y - 0.68 * c.r
-    cloth = _rgb(0.90, 0.12, 0.55)
-    c.outlined(_box(c.x + 0.55 * c.r, y - 5, 2.8, 6.0, 1.0), cloth, 1.0)
-    c.outlined(_box(c.x, y, 0.95 * c.r, 2.9, 2.0), cloth, 1.0)
-    c.fill(np.maximum(_box(c.x, y, 0.9 * c.r, 2.4), np.abs(c.x % 6 - 3) - 1.1), WHITE)
-
-
-# --- things held, at the creature's right hand: u, v are coordinates round it ---
-
-
-def _flower(c: _Canvas, u: Floats, v: Floats) -> None:
-    c.outlined(_box(u, v - 2, 0.9, 8), _rgb(0.15, 0.55, 0.2), 0.7)
-    angle = np.arctan2(v + 8, u)
-    c.outlined(np.hypot(u, v + 8) - 4.6 - 1.5 * np.cos(5 * angle), _rgb(1.0, 0.55, 0.75))
-    c.fill(_disc(u, v + 8, 2.1), _rgb(1.0, 0.85, 0.2))
-
-
-def _star_held(c: _Canvas, u: Floats, v: Floats) -> None:
-    c.outlined(_star(u, v + 3, 8.0), _rgb(1.0, 0.88, 0.15))
-
-
-def _sword(c: _Canvas, u: Floats, v: Floats) -> None:
-    c.outlined(np.maximum(_box(u, v + 9, 1.9, 11), np.abs(u) - (v + 21)), _rgb(0.82, 0.86, 0.90), 1.0)
-    c.outlined(_box(u, v - 2, 5, 1.2), _rgb(0.55, 0.35, 0.12), 0.8)
-    c.outlined(_box(u, v - 6, 1.2, 3), _rgb(0.55, 0.35, 0.12), 0.8)
-
-
-def _balloon(c: _Canvas, u: Floats, v: Floats) -> None:
-    c.fill(_box(u, v + 4, 0.6, 10), INK)
-    c.outlined(np.hypot(u / 0.85, v + 17) - 8.0, _rgb(0.98, 0.20, 0.62))
-    c.fill(np.hypot((u + 2.5) / 0.8, v + 20) - 1.8, WHITE)
-
-
-def _lantern(c: _Canvas, u: Floats, v: Floats) -> None:
-    glow = np.clip(1 - _disc(u, v - 1, 6) / 7, 0, 1)[..., None]
-    c.images += 0.75 * glow * (_rgb(1.0, 0.95, 0.55) - c.images)
-    c.fill(np.abs(_disc(u, v + 8, 3.5)) - 0.8, INK)
-    c.fill(_box(u, v - 1, 5.5, 8, 1.0), INK)
-    c.fill(_box(u, v - 1, 3.8, 5.2, 1.0), _rgb(1.0, 0.90, 0.35))
-    c.fill(_box(u, v - 1, 0.7, 5.5), INK)
-
-
-# --- styles, on finished pictures ---
-
-
-def _edges(images: Floats) -> Floats:
-    """Strength of the colour change at each pixel, [m, SIZE, SIZE, 1], 0..1."""
-    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-    dx = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
-    dy = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
-    return np.clip(np.sqrt((dx**2 + dy**2).sum(-1, keepdims=True)), 0, 1)
-
-
-def _sketch(images: Floats) -> Floats:
-    """Pencil on paper: pale colours, dark contours, hatching where the picture is dark."""
-    light = images.mean(-1, keepdims=True)
-    row, col = np.mgrid[0:SIZE, 0:SIZE]
-    hatch = (np.abs((row + col) % 6 - 3) < 1.5).astype(np.float32)[None, :, :, None]
-    paper = 0.45 * images + 0.55 * _rgb(0.97, 0.95, 0.90)
-    drawn = paper - 0.30 * hatch * np.clip(1.2 - light, 0, 1)
-    return np.clip(drawn - 0.45 * _edges(images), 0, 1)
-
-
-def _neon(images: Floats) -> Floats:
-    """Lights in the dark: the picture dimmed, its contours bright in the picture's own hue."""
-    edge = _edges(images)
-    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-    near = np.max([padded[:, i : i + SIZE, j : j + SIZE] for i in range(3) for j in range(3)], axis=0)
-    hue = near / np.maximum(near.max(-1, keepdims=True), 0.2)
-    return np.clip(0.30 * images * _rgb(0.8, 0.7, 1.2) + 0.85 * edge * hue**2, 0, 1)
-
-
-BACK_PAINTERS: dict[str, Callable[[_Canvas, Floats], None]] = {
-    "plain": _plain, "gradient": _gradient, "checker": _checker, "sunset": _sunset,
-}  # fmt: skip
-CLOTHES: dict[str, Callable[[_Canvas, Floats], None]] = {
-    "cap": _cap, "crown": _crown, "tophat": _tophat, "scarf": _scarf,
-}  # fmt: skip
-THINGS: dict[str, Callable[[_Canvas, Floats, Floats], None]] = {
-    "flower": _flower, "star": _star_held, "sword": _sword, "balloon": _balloon, "lantern": _lantern,
-}  # fmt: skip
-STYLES: dict[str, Callable[[Floats], Floats]] = {"sketch": _sketch, "neon": _neon}
-HAT_HEIGHT = {"round": 0.78, "zebrin": 0.78, "square": 0.84, "dotkin": 0.84, "triangular": 0.62}
 
 
 def render(scenes: Scenes, chunk: int = 256) -> npt.NDArray[np.uint8]:
@@ -410,21 +193,21 @@ def _render(s: Scenes) -> npt.NDArray[np.uint8]:
     names = np.array(list(COLOURS))
     tint = PALETTE[(s.back_colour[:, None] == names).argmax(1)][:, None, None, :]
     coat = PALETTE[(s.colour[:, None] == names).argmax(1)][:, None, None, :]
-    hat_height = np.float32([HAT_HEIGHT[str(b)] for b in s.body])[:, None, None]
+    hats = np.array(HAT_HEIGHT)[(s.body[:, None] == np.array(BODIES)).argmax(1)][:, None, None]
 
-    def on_rows_with(field: Names, name: str, paint: Callable[[_Canvas, npt.NDArray[np.intp]], None]) -> None:
+    def on_rows_with(field: Names, name: str, paint: Callable[[Canvas, npt.NDArray[np.intp]], None]) -> None:
         rows = np.flatnonzero(field == name)
         if len(rows):
-            canvas = _Canvas(images[rows], s.place[rows])
+            canvas = Canvas(images[rows], s.place[rows])
             paint(canvas, rows)
             images[rows] = canvas.images
 
     for name, back in BACK_PAINTERS.items():
         on_rows_with(s.back, name, lambda c, rows, f=back: f(c, tint[rows]))  # type: ignore[misc]
-    for name in (*SHAPES, *ROLES["character"]):
-        on_rows_with(s.body, name, lambda c, rows, b=name: _body(c, b, coat[rows]))  # type: ignore[misc]
+    for name in BODIES:
+        on_rows_with(s.body, name, lambda c, rows, b=name: body(c, b, coat[rows]))  # type: ignore[misc]
     for name, cloth in CLOTHES.items():
-        on_rows_with(s.worn, name, lambda c, rows, f=cloth: f(c, -hat_height[rows] * c.r))  # type: ignore[misc]
+        on_rows_with(s.worn, name, lambda c, rows, f=cloth: f(c, -hats[rows] * c.r))  # type: ignore[misc]
     for name, thing in THINGS.items():
         on_rows_with(s.held, name, lambda c, rows, f=thing: f(c, c.x - c.r - 8, c.y - 0.35 * c.r))  # type: ignore[misc]
     for name, style in STYLES.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -43,9 +42,9 @@ def fit(
     `loss_at` draws all its randomness from the step number, so a resumed run sees the batches of an unbroken one.
     State lies in work/name.pt, one line per 20 steps in work/name.log. A finished run is only loaded.
     """
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trained: list[torch.Tensor] = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=schedule.lr, betas=(0.9, 0.99), weight_decay=schedule.weight_decay)
-    mean = copy.deepcopy(trained) if schedule.ema else trained
+    mean = [p.detach().clone() if schedule.ema else p for p in trained]
     start = _resume(work / f"{name}.pt", module, optimizer, mean)
     bar = tqdm(range(start, schedule.steps), desc=name, initial=start, total=schedule.steps, mininterval=2.0)
     saved, began = time.monotonic(), time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def generate(pipe: StableDiffusionPipeline, captions: list[str], seed: int, batc
 
 @torch.no_grad()
 def through_vae(vae: Any, first: Pixels, second: Pixels | None = None, share: Any = None) -> Pixels:
-    """Pictures encoded and decoded; with a second batch, their latents blended before decoding, share [n] of the first."""
+    """Pictures encoded and decoded; given a second batch, latents blended in between, share [n] of the first."""
     made = []
     for i in range(0, len(first), 64):
         z = vae.encode(_input(first[i : i + 64])).latent_dist.mean
@@ -61,7 +62,7 @@ def psnr(a: Pixels, b: Pixels) -> float:
 
 
 def accuracy(detector: Detector, pictures: Pixels, truth: Any, counts: Any = None) -> dict[str, float]:
-    """Share of labels answered rightly, of true labels found, of false labels refused, of pictures without any error."""
+    """Share of labels answered rightly, of true ones found, of false ones refused, of pictures without an error."""
     found = probabilities(detector, pictures) > 0.5
     truth = np.asarray(truth) > 0.5
     asked = np.ones_like(truth) if counts is None else np.asarray(counts) > 0.5
@@ -112,7 +113,7 @@ def base_prompts(pipe: StableDiffusionPipeline, detector: Detector, work: Path, 
     return {"captions": len(captions), **accuracy(detector, pictures, draw.labels(scenes))}
 
 
-def lora_alone(pipe: StableDiffusionPipeline, detector: Detector, name: str, path: Path, work: Path) -> dict[str, float]:
+def lora_alone(pipe: Any, detector: Detector, name: str, path: Path, work: Path) -> dict[str, float]:
     """How often a LoRA's concept is found (40 unseen captions), and how often all else that the captions name."""
     scenes = unseen(40).with_concept(name)
     pipe.load_lora_weights(path, adapter_name=name)
@@ -131,8 +132,6 @@ def lora_alone(pipe: StableDiffusionPipeline, detector: Detector, name: str, pat
 
 def everything(out: Path, work: Path) -> dict[str, Any]:
     """All figures, as a dictionary that goes to out/measured.json; sheets of pictures with verdicts go to work."""
-    import json
-
     pipe = StableDiffusionPipeline.from_pretrained(out / "model", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     detector = load_detector(out / "detector.safetensors")

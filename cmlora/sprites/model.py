@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """Three levels of two layers; attention in the outer two, so the first down and last up block have it, as in SD1.5."""
+    """Three levels of two layers; the first down and the last up block have cross-attention, as in SD1.5."""
     return UNet2DConditionModel(
         sample_size=SIZE // 4,
         in_channels=4,
@@ -108,7 +109,7 @@ def _merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
     while any(len(part) > 1 for part in parts):
         counts: dict[tuple[str, str], int] = {}
         for part in parts:
-            for pair in zip(part, part[1:], strict=False):
+            for pair in pairwise(part):
                 counts[pair] = counts.get(pair, 0) + 1
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)

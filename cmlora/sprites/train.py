@@ -1,4 +1,4 @@
-"""Trains the sprites model: python -m cmlora.sprites.train all|vae|detector|base|lora|measure [--work DIR] [--out DIR].
+"""Trains the sprites model: python -m cmlora.sprites.train all [--work DIR] [--out DIR], or one stage of it.
 
 Every stage stops where it was interrupted and goes on from there; a finished one is only loaded. Seeds are fixed.
 """
@@ -6,6 +6,7 @@ Every stage stops where it was interrupted and goes on from there; a finished on
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from cmlora.sprites import draw, measure
-from cmlora.sprites.detector import WEIGHTS, Detector, blend_targets, jitter, partner
+from cmlora.sprites import KOHYA, WEIGHTS, draw, measure
+from cmlora.sprites.detector import Detector, blend_targets, jitter, partner
 from cmlora.sprites.fit import Schedule, fit
 from cmlora.sprites.model import (
     make_pipeline,
@@ -31,15 +32,14 @@ from cmlora.sprites.model import (
     tokenize,
 )
 
-VAE = Schedule(steps=1900, lr=2e-3, weight_decay=0.0)
+VAE = Schedule(steps=900, lr=2e-3, weight_decay=0.0)
+DECODER = Schedule(steps=800, lr=1.5e-3, weight_decay=0.0)
 VAE_IMAGES, VAE_BATCH = 12288, 16
 DETECTOR = Schedule(steps=1500, lr=2e-3)
-BASE = Schedule(steps=3000, lr=1e-3, warmup=100, ema=0.998)
-BASE_IMAGES, BASE_BATCH = 12288, 32
+BASE = Schedule(steps=2600, lr=8e-4, warmup=100, ema=0.998)
+BASE_IMAGES, BASE_BATCH = 12288, 16
 LORA = Schedule(steps=240, lr=2e-3, warmup=20, weight_decay=0.0)
 LORA_IMAGES, LORA_BATCH, RANK = 1024, 16, 8
-KOHYA = ("tophat", "checker")
-"""LoRAs that are saved in kohya's key format too."""
 CONVOLVED = "checker"
 """The LoRA with a part on the 3x3 convolutions."""
 
@@ -63,7 +63,7 @@ def batch_at(step: int, size: int, count: int) -> tuple[torch.Tensor, torch.Gene
 @torch.no_grad()
 def encoded(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Latents [n, 4, 16, 16] of renders: the posterior's mean."""
-    return torch.cat([vae.encode(as_input(part)).latent_dist.mean for part in pixels.split(64)])
+    return torch.cat([vae.encode(as_input(part)).latent_dist.mean for part in torch.split(pixels, 64)])
 
 
 # --- VAE ---
@@ -73,7 +73,7 @@ def train_vae(work: Path) -> AutoencoderKL:
     """Learns to draw all scenes, concepts included: as Stable Diffusion's, it is not what a LoRA teaches."""
     torch.manual_seed(0)
     vae = make_vae().to(memory_format=torch.channels_last)
-    pixels = drawn(draw.sample(VAE_IMAGES, seed=1, concepts=0.3))
+    pixels = _cached(work / "vae_pixels.pt", lambda: drawn(draw.sample(VAE_IMAGES, seed=1, concepts=0.3)))
 
     def loss_at(step: int) -> torch.Tensor:
         index, generator = batch_at(step, VAE_BATCH, VAE_IMAGES)
@@ -89,6 +89,25 @@ def train_vae(work: Path) -> AutoencoderKL:
     vae.eval().requires_grad_(False)
     standardise(vae, pixels[:1024])
     return vae
+
+
+def train_decoder(work: Path, out: Path, vae: AutoencoderKL) -> None:
+    """Sharpens the decoder alone: latents keep their meaning, so this may run after the base model's training."""
+    pixels = _cached(work / "decoder_pixels.pt", lambda: drawn(draw.sample(VAE_IMAGES, seed=11, concepts=0.3)))
+    z = _cached(work / "decoder_latents.pt", lambda: encoded(vae, pixels))
+    part = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True).train()
+
+    def loss_at(step: int) -> torch.Tensor:
+        index, generator = batch_at(step, VAE_BATCH, VAE_IMAGES)
+        noise = torch.randn(z[index].shape, generator=generator)
+        x, y = as_input(pixels[index]), vae.decode(z[index] + 0.04 * noise).sample
+        error = y - x
+        contours = (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
+        return F.mse_loss(y, x) + 0.1 * error.abs().mean() + 0.2 * contours
+
+    fit("decoder", part, loss_at, DECODER, work)
+    vae.eval().requires_grad_(False)
+    copy.deepcopy(vae).half().save_pretrained(out / "model" / "vae")
 
 
 @torch.no_grad()
@@ -136,8 +155,7 @@ def train_detector(work: Path, out: Path, vae: AutoencoderKL) -> None:
 
     fit("detector", detector, loss_at, DETECTOR, work)
     out.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.half() if v.is_floating_point() else v for k, v in detector.state_dict().items()},
-              out / "detector.safetensors")  # fmt: skip
+    save_file(detector.half().state_dict(), out / "detector.safetensors")
 
 
 # --- base model ---
@@ -179,7 +197,7 @@ def train_base(work: Path, out: Path, vae: AutoencoderKL) -> None:
         return noising.loss(unet, z[index], text, generator)
 
     fit("base", nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}), loss_at, BASE, work)
-    pipe = make_pipeline(tokenizer, text_encoder, unet, vae)
+    pipe = make_pipeline(tokenizer, text_encoder, unet, copy.deepcopy(vae))
     pipe.to(dtype=torch.float16).save_pretrained(out / "model")
 
 
@@ -224,19 +242,19 @@ def train_loras(work: Path, out: Path, names: tuple[str, ...] = draw.CONCEPTS) -
 
 
 def train_lora(work: Path, name: str, pipe: StableDiffusionPipeline) -> None:
-    """Three quarters of a batch show the concept with its word; one quarter has neither, so that nothing else changes."""
+    """Three quarters of a batch show the concept with its word; one quarter has neither, to change nothing else."""
     plain = draw.sample(LORA_IMAGES, seed=8, held_back=False)
     shown = draw.sample(LORA_IMAGES, seed=9, held_back=False).with_concept(name)
     unet = pipe.unet.to(memory_format=torch.channels_last)
-    z, text = [], []
+    latents, hidden = [], []
     with torch.no_grad():
         for scenes in (plain, shown):
             ids = tokenize(pipe.tokenizer, draw.captions(scenes, seed=10))
-            text.append(torch.cat([pipe.text_encoder(part).last_hidden_state for part in ids.split(128)]))
-            z.append(encoded(pipe.vae, drawn(scenes)))
+            hidden.append(torch.cat([pipe.text_encoder(part).last_hidden_state for part in torch.split(ids, 128)]))
+            latents.append(encoded(pipe.vae, drawn(scenes)))
     noising = Noising()
     which = (torch.arange(LORA_BATCH) % 4 > 0).long()
-    z, text = torch.stack(z), torch.stack(text)
+    z, text = torch.stack(latents), torch.stack(hidden)
 
     def loss_at(step: int) -> torch.Tensor:
         index, generator = batch_at(step, LORA_BATCH, LORA_IMAGES)
@@ -248,21 +266,23 @@ def train_lora(work: Path, name: str, pipe: StableDiffusionPipeline) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "detector", "base", "lora", "measure", "all"])
+    parser.add_argument("stage", choices=["vae", "base", "lora", "decoder", "detector", "measure", "all"])
     parser.add_argument("--work", type=Path, default=Path("sprites_run"), help="checkpoints and logs")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the finished weights go")
     parser.add_argument("--lora", nargs="*", default=draw.CONCEPTS, help="only these LoRAs")
     chosen = parser.parse_args()
     work, out, stage = chosen.work, chosen.out, chosen.stage
     work.mkdir(parents=True, exist_ok=True)
-    if stage in ("vae", "detector", "base", "all"):
+    if stage != "measure":
         vae = train_vae(work)
-        if stage in ("detector", "all"):
-            train_detector(work, out, vae)
-        if stage in ("base", "all"):
-            train_base(work, out, vae)
+    if stage in ("base", "all"):
+        train_base(work, out, vae)
     if stage in ("lora", "all"):
         train_loras(work, out, tuple(chosen.lora))
+    if stage in ("decoder", "detector", "all"):
+        train_decoder(work, out, vae)
+    if stage in ("detector", "all"):
+        train_detector(work, out, vae)
     if stage in ("measure", "all"):
         print(json.dumps(measure.everything(out, work), indent=1))  # noqa: T201
 
