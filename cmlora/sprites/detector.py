@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cmlora.sprites import WEIGHTS, draw
+from cmlora.sprites.figures import SIZE
 
 ABSENT, PRESENT = 0.6, 0.8
 """In a blend a label with at most the first share is false, with at least the second true, between them unasked."""
@@ -27,7 +28,7 @@ class Detector(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 32, 64, 96, 128)
+        widths = (3, 24, 48, 96, 128)
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             stride = 2 if before == 3 else 1
@@ -55,8 +56,8 @@ def probabilities(detector: Detector, pictures: npt.NDArray[np.uint8]) -> npt.ND
 
     Raises ValueError for pictures of another shape or type.
     """
-    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1:] != (draw.SIZE, draw.SIZE, 3):
-        expected = f"uint8 [n, {draw.SIZE}, {draw.SIZE}, 3]"
+    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1:] != (SIZE, SIZE, 3):
+        expected = f"uint8 [n, {SIZE}, {SIZE}, 3]"
         raise ValueError(f"pictures must be {expected}, got {pictures.dtype} {list(pictures.shape)}")
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     made = [detector(part).sigmoid() for part in torch.split(x, 128)] or [torch.zeros(0, len(draw.LABELS))]

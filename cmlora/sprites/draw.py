@@ -138,7 +138,7 @@ def _is_held_back(scenes: Scenes) -> npt.NDArray[np.bool_]:
     for values, names in fields:
         index = (values[:, None] == np.array(names)).argmax(1)
         total = total * 7 + index
-    return (total * 2654435761 % 2**32) // 2**8 % 10 == 0
+    return np.asarray((total * 2654435761 % 2**32) // 2**8 % 10 == 0)
 
 
 def labels(scenes: Scenes) -> Floats:

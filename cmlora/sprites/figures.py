@@ -26,19 +26,19 @@ WHITE = _rgb(1.0, 1.0, 1.0)
 
 
 def _disc(x: Floats, y: Floats, r: Any) -> Floats:
-    return np.hypot(x, y) - r
+    return np.asarray(np.hypot(x, y) - r)
 
 
 def _box(x: Floats, y: Floats, half_x: Any, half_y: Any, corner: float = 0.0) -> Floats:
     dx, dy = np.abs(x) - half_x + corner, np.abs(y) - half_y + corner
     outside = np.hypot(np.maximum(dx, 0), np.maximum(dy, 0))
-    return outside + np.minimum(np.maximum(dx, dy), 0) - corner
+    return np.asarray(outside + np.minimum(np.maximum(dx, dy), 0) - corner)
 
 
 def _triangle(x: Floats, y: Floats, r: Any) -> Floats:
     """Apex at (0, -1.2 r), base at y = 0.9 r of half width 1.2 r."""
     side = (2.1 * np.abs(x) - 1.2 * (y + 1.2 * r)) / np.hypot(2.1, 1.2)
-    return np.maximum(side, y - 0.9 * r)
+    return np.asarray(np.maximum(side, y - 0.9 * r))
 
 
 def _star(x: Floats, y: Floats, r: float) -> Floats:
@@ -47,7 +47,7 @@ def _star(x: Floats, y: Floats, r: float) -> Floats:
     rho = np.hypot(x, y)
     px, py = rho * np.cos(folded), rho * np.sin(folded)
     ex, ey = 0.45 * r * np.cos(np.pi / 5) - r, 0.45 * r * np.sin(np.pi / 5)  # from the outer to the inner corner
-    return (ey * (px - r) - ex * py) / np.hypot(ex, ey)
+    return np.asarray((ey * (px - r) - ex * py) / np.hypot(ex, ey))
 
 
 class Canvas:
@@ -213,7 +213,7 @@ def _edges(images: Floats) -> Floats:
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     dx = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
     dy = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
-    return np.clip(np.sqrt((dx**2 + dy**2).sum(-1, keepdims=True)), 0, 1)
+    return np.asarray(np.clip(np.sqrt((dx**2 + dy**2).sum(-1, keepdims=True)), 0, 1))
 
 
 def _sketch(images: Floats) -> Floats:
@@ -223,7 +223,7 @@ def _sketch(images: Floats) -> Floats:
     hatch = (np.abs((row + col) % 6 - 3) < 1.5).astype(np.float32)[None, :, :, None]
     paper = 0.45 * images + 0.55 * _rgb(0.97, 0.95, 0.90)
     drawn = paper - 0.30 * hatch * np.clip(1.2 - light, 0, 1)
-    return np.clip(drawn - 0.45 * _edges(images), 0, 1)
+    return np.asarray(np.clip(drawn - 0.45 * _edges(images), 0, 1))
 
 
 def _neon(images: Floats) -> Floats:
@@ -232,7 +232,7 @@ def _neon(images: Floats) -> Floats:
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     near = np.max([padded[:, i : i + SIZE, j : j + SIZE] for i in range(3) for j in range(3)], axis=0)
     hue = near / np.maximum(near.max(-1, keepdims=True), 0.2)
-    return np.clip(0.30 * images * _rgb(0.8, 0.7, 1.2) + 0.85 * edge * hue**2, 0, 1)
+    return np.asarray(np.clip(0.30 * images * _rgb(0.8, 0.7, 1.2) + 0.85 * edge * hue**2, 0, 1))
 
 
 BACK_PAINTERS: dict[str, Callable[[Canvas, Floats], None]] = {

@@ -11,7 +11,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from cmlora.sprites.draw import BACKS, COLOURS, CONCEPTS, HELD, SHAPES, SIZE, WORN
+from cmlora.sprites.draw import BACKS, COLOURS, CONCEPTS, HELD, SHAPES, WORN
+from cmlora.sprites.figures import SIZE
 
 TEXT_WIDTH = 96
 TEXT_LENGTH = 32

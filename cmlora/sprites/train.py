@@ -35,11 +35,12 @@ from cmlora.sprites.model import (
 VAE = Schedule(steps=900, lr=2e-3, weight_decay=0.0)
 DECODER = Schedule(steps=800, lr=1.5e-3, weight_decay=0.0)
 VAE_IMAGES, VAE_BATCH = 12288, 16
-DETECTOR = Schedule(steps=1500, lr=2e-3)
+DETECTOR = Schedule(steps=900, lr=2e-3)
+DETECTOR_IMAGES = 12288
 BASE = Schedule(steps=2600, lr=8e-4, warmup=100, ema=0.998)
 BASE_IMAGES, BASE_BATCH = 12288, 16
-LORA = Schedule(steps=240, lr=2e-3, warmup=20, weight_decay=0.0)
-LORA_IMAGES, LORA_BATCH, RANK = 1024, 16, 8
+LORA = Schedule(steps=200, lr=2e-3, warmup=20, weight_decay=0.0)
+LORA_IMAGES, LORA_BATCH, RANK = 512, 8, 8
 CONVOLVED = "checker"
 """The LoRA with a part on the 3x3 convolutions."""
 
@@ -69,6 +70,14 @@ def encoded(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 # --- VAE ---
 
 
+def reconstruction_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Squared and absolute error, and the error of neighbouring pixels' differences, which keeps contours sharp."""
+    error = y - x
+    contours = (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
+    total: torch.Tensor = error.square().mean() + 0.1 * error.abs().mean() + 0.2 * contours
+    return total
+
+
 def train_vae(work: Path) -> AutoencoderKL:
     """Learns to draw all scenes, concepts included: as Stable Diffusion's, it is not what a LoRA teaches."""
     torch.manual_seed(0)
@@ -80,10 +89,8 @@ def train_vae(work: Path) -> AutoencoderKL:
         x = as_input(pixels[index])
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample(generator)).sample
-        error = y - x
-        contours = (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
         kl = posterior.kl() / posterior.mean[0].numel()
-        return F.mse_loss(y, x) + 0.1 * error.abs().mean() + 0.2 * contours + 1e-4 * kl.mean()
+        return reconstruction_loss(y, x) + 1e-4 * kl.mean()
 
     fit("vae", vae, loss_at, VAE, work)
     vae.eval().requires_grad_(False)
@@ -101,9 +108,7 @@ def train_decoder(work: Path, out: Path, vae: AutoencoderKL) -> None:
         index, generator = batch_at(step, VAE_BATCH, VAE_IMAGES)
         noise = torch.randn(z[index].shape, generator=generator)
         x, y = as_input(pixels[index]), vae.decode(z[index] + 0.04 * noise).sample
-        error = y - x
-        contours = (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
-        return F.mse_loss(y, x) + 0.1 * error.abs().mean() + 0.2 * contours
+        return reconstruction_loss(y, x)
 
     fit("decoder", part, loss_at, DECODER, work)
     vae.eval().requires_grad_(False)
@@ -128,30 +133,33 @@ def standardise(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
 
 
 def train_detector(work: Path, out: Path, vae: AutoencoderKL) -> None:
-    """A quarter each of renders, decoded renders, blended renders and decoded blends of latents."""
+    """A quarter each of renders, renders through the VAE, blended renders and blends of latents."""
     torch.manual_seed(1)
     detector = Detector()
-    count = 6144
-    scenes = draw.sample(count, seed=2, concepts=0.35)
+    part = DETECTOR_IMAGES // 4
+    scenes = draw.sample(DETECTOR_IMAGES, seed=2, concepts=0.35)
     others = partner(scenes, seed=3, concepts=0.35)
-    pixels, other_pixels = drawn(scenes), drawn(others)
-    latents, other_latents = encoded(vae, pixels), encoded(vae, other_pixels)
-    truth, other_truth = torch.from_numpy(draw.labels(scenes)), torch.from_numpy(draw.labels(others))
+    share = 0.15 + 0.7 * torch.rand(DETECTOR_IMAGES, generator=torch.Generator().manual_seed(4))
+    share[: 2 * part] = 1.0
+    truth = torch.from_numpy(draw.labels(scenes)), torch.from_numpy(draw.labels(others))
+    target, counts = blend_targets(*truth, share)
+
+    def pictures() -> torch.Tensor:
+        first, second, s = draw.render(scenes), draw.render(others), share.numpy()
+        first[part : 2 * part] = measure.through_vae(vae, first[part : 2 * part])
+        a, b, w = first[2 * part : 3 * part], second[2 * part : 3 * part], s[2 * part : 3 * part, None, None, None]
+        first[2 * part : 3 * part] = (w * a + (1 - w) * b + 0.5).astype(first.dtype)
+        first[3 * part :] = measure.through_vae(vae, first[3 * part :], second[3 * part :], share[3 * part :])
+        return torch.from_numpy(first)
+
+    pixels = _cached(work / "detector_pixels.pt", pictures)
 
     def loss_at(step: int) -> torch.Tensor:
-        index, generator = batch_at(step, 64, count)
-        whole = torch.arange(64) % 4 < 2
-        share = torch.where(whole, 1.0, 0.15 + 0.7 * torch.rand(64, generator=generator))
-        a, b, s = as_input(pixels[index]), as_input(other_pixels[index]), share[:, None, None, None]
-        x = s * a + (1 - s) * b
-        through = torch.arange(64) % 2 == 1
-        z = s * latents[index] + (1 - s) * other_latents[index]
-        z = z + 0.1 * torch.rand(64, 1, 1, 1, generator=generator) * torch.randn(z.shape, generator=generator)
-        with torch.no_grad():
-            x[through] = vae.decode(z[through]).sample
-        target, counts = blend_targets(truth[index], other_truth[index], share)
-        losses = F.binary_cross_entropy_with_logits(detector(jitter(x, generator)), target, reduction="none")
-        return (losses * counts).sum() / counts.sum()
+        index, generator = batch_at(step, 64, DETECTOR_IMAGES)
+        logits = detector(jitter(as_input(pixels[index]), generator))
+        losses = F.binary_cross_entropy_with_logits(logits, target[index], reduction="none")
+        loss: torch.Tensor = (losses * counts[index]).sum() / counts[index].sum()
+        return loss
 
     fit("detector", detector, loss_at, DETECTOR, work)
     out.mkdir(parents=True, exist_ok=True)
@@ -174,7 +182,8 @@ class Noising:
         noisy = (kept.sqrt() * z + (1 - kept).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         error = (unet(noisy, t, encoder_hidden_states=text).sample - noise).square().mean((1, 2, 3))
         snr = self.kept[t] / (1 - self.kept[t])
-        return (error * snr.clamp(max=5) / snr).mean()
+        loss: torch.Tensor = (error * snr.clamp(max=5) / snr).mean()
+        return loss
 
 
 def train_base(work: Path, out: Path, vae: AutoencoderKL) -> None:
