@@ -129,7 +129,7 @@ def body(c: Canvas, name: str, colour: Floats) -> None:
         stripes = np.abs((c.x + 0.5 * c.y) % 10 - 5) - 2.5
         c.fill(np.maximum(stripes, shape), INK)
     elif name == "dotkin":
-        dots = _disc((c.x + 3.5) % 7 - 3.5, c.y % 7 - 3.5, 2.1)
+        dots = _disc((c.x + 5) % 10 - 5, (c.y + 2) % 10 - 5, 3.2)
         c.fill(np.maximum(dots, shape + 0.5), WHITE)
     gap = 0.26 if name == "triangular" else 0.4
     c.outlined(_disc(side - gap * c.r, c.y + 0.1 * c.r, 3.0), WHITE, 0.8)

@@ -38,7 +38,7 @@ VAE_IMAGES, VAE_BATCH = 12288, 16
 DETECTOR = Schedule(steps=900, lr=2e-3)
 DETECTOR_IMAGES = 12288
 BASE = Schedule(steps=2600, lr=8e-4, warmup=100, ema=0.998)
-BASE_IMAGES, BASE_BATCH = 12288, 16
+BASE_IMAGES, BASE_BATCH = 8192, 16
 LORA = Schedule(steps=200, lr=2e-3, warmup=20, weight_decay=0.0)
 LORA_IMAGES, LORA_BATCH, RANK = 512, 8, 8
 CONVOLVED = "checker"
@@ -89,7 +89,7 @@ def train_vae(work: Path) -> AutoencoderKL:
         x = as_input(pixels[index])
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample(generator)).sample
-        kl = posterior.kl() / posterior.mean[0].numel()
+        kl: torch.Tensor = posterior.kl() / posterior.mean[0].numel()
         return reconstruction_loss(y, x) + 1e-4 * kl.mean()
 
     fit("vae", vae, loss_at, VAE, work)
