@@ -1,0 +1,165 @@
+"""What the model card states: the VAE's fidelity, the detector's accuracy, base prompts and every LoRA alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from cmlora.sprites import draw
+from cmlora.sprites.detector import (
+    Detector,
+    blend_targets,
+    detect,
+    load_detector,
+    partner,
+    probabilities,
+)
+
+Pixels = npt.NDArray[np.uint8]
+
+STEPS, GUIDANCE = 25, 4.0
+
+
+def generate(pipe: StableDiffusionPipeline, captions: list[str], seed: int, batch: int = 20) -> Pixels:
+    """One picture per caption, uint8 [n, 64, 64, 3]; picture i has the noise of seed + i whatever the batch."""
+    pictures = []
+    for i in tqdm(range(0, len(captions), batch), desc="generate", leave=False):
+        part = captions[i : i + batch]
+        noise = [torch.Generator().manual_seed(seed + i + k) for k in range(len(part))]
+        made = pipe(part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise, output_type="np")
+        pictures.append((made.images * 255 + 0.5).astype(np.uint8))
+    return np.concatenate(pictures)
+
+
+@torch.no_grad()
+def through_vae(vae: Any, first: Pixels, second: Pixels | None = None, share: Any = None) -> Pixels:
+    """Pictures encoded and decoded; given a second batch, latents blended in between, share [n] of the first."""
+    made = []
+    for i in range(0, len(first), 64):
+        z = vae.encode(_input(first[i : i + 64])).latent_dist.mean
+        if second is not None:
+            s = share[i : i + 64, None, None, None]
+            z = s * z + (1 - s) * vae.encode(_input(second[i : i + 64])).latent_dist.mean
+        made.append(((vae.decode(z).sample.clamp(-1, 1) + 1) * 127.5 + 0.5).byte().permute(0, 2, 3, 1).numpy())
+    return np.concatenate(made)
+
+
+def _input(pixels: Pixels) -> torch.Tensor:
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def psnr(a: Pixels, b: Pixels) -> float:
+    """Peak signal to noise ratio in dB over the whole batch."""
+    return float(10 * np.log10(255**2 / np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)))
+
+
+def accuracy(detector: Detector, pictures: Pixels, truth: Any, counts: Any = None) -> dict[str, float]:
+    """Share of labels answered rightly, of true ones found, of false ones refused, of pictures without an error."""
+    found = probabilities(detector, pictures) > 0.5
+    truth = np.asarray(truth) > 0.5
+    asked = np.ones_like(truth) if counts is None else np.asarray(counts) > 0.5
+    right = (found == truth) | ~asked
+    return {
+        "labels": _share(right[asked]),
+        "true_found": _share(right[asked & truth]),
+        "false_refused": _share(right[asked & ~truth]),
+        "pictures": _share(right.all(1)),
+    }
+
+
+def _share(values: Any) -> float:
+    return round(float(np.mean(values)), 4)
+
+
+def unseen(count: int) -> draw.Scenes:
+    """Scenes of `count` different captions from the combinations that training never used (there are about 200)."""
+    pool = draw.sample(4000, seed=101, held_back=True)
+    _, first = np.unique(draw.captions(pool), return_index=True)
+    return pool[np.random.default_rng(0).permutation(first)[:count]]
+
+
+def detector_accuracy(pipe: StableDiffusionPipeline, detector: Detector, count: int = 1000) -> dict[str, Any]:
+    """On fresh renders, renders through the VAE, and blends of two pictures and of two latents."""
+    scenes = draw.sample(count, seed=102, concepts=0.35)
+    others = partner(scenes, seed=103, concepts=0.35)
+    first, second = draw.render(scenes), draw.render(others)
+    share = torch.from_numpy(np.random.default_rng(104).uniform(0.15, 0.85, count)).float()
+    truth = torch.from_numpy(draw.labels(scenes))
+    target, counts = blend_targets(truth, torch.from_numpy(draw.labels(others)), share)
+    s = share.numpy()[:, None, None, None]
+    blended = (s * first + (1 - s) * second + 0.5).astype(np.uint8)
+    return {
+        "renders": accuracy(detector, first, truth),
+        "decoded renders": accuracy(detector, through_vae(pipe.vae, first), truth),
+        "blends": accuracy(detector, blended, target, counts),
+        "decoded blends": accuracy(detector, through_vae(pipe.vae, first, second, share), target, counts),
+    }
+
+
+def base_prompts(pipe: StableDiffusionPipeline, detector: Detector, work: Path, count: int = 200) -> dict[str, Any]:
+    """Pictures of unseen captions. One is right if the detector finds all that its caption names and nothing else."""
+    scenes = unseen(count)
+    captions = draw.captions(scenes)
+    pictures = generate(pipe, captions, seed=1000)
+    sheet(pictures[:32], captions[:32], detect(detector, pictures[:32]), work / "base.png")
+    return {"captions": len(captions), **accuracy(detector, pictures, draw.labels(scenes))}
+
+
+def lora_alone(pipe: Any, detector: Detector, name: str, path: Path, work: Path) -> dict[str, float]:
+    """How often a LoRA's concept is found (40 unseen captions), and how often all else that the captions name."""
+    scenes = unseen(40).with_concept(name)
+    pipe.load_lora_weights(path, adapter_name=name)
+    captions = draw.captions(scenes)
+    pictures = generate(pipe, captions, seed=2000)
+    pipe.unload_lora_weights()
+    found = probabilities(detector, pictures) > 0.5
+    truth = draw.labels(scenes) > 0.5
+    sheet(pictures[:16], captions[:16], detect(detector, pictures[:16]), work / f"lora_{path.stem}.png")
+    return {
+        "concept": _share(found[:, draw.LABELS.index(name)]),
+        "all named": _share((found | ~truth).all(1)),
+        "pictures": _share((found == truth).all(1)),
+    }
+
+
+def everything(out: Path, work: Path) -> dict[str, Any]:
+    """All figures, as a dictionary that goes to out/measured.json; sheets of pictures with verdicts go to work."""
+    pipe = StableDiffusionPipeline.from_pretrained(out / "model", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    detector = load_detector(out / "detector.safetensors")
+    renders = draw.render(draw.sample(1000, seed=105, concepts=0.3))
+    result: dict[str, Any] = {
+        "megabytes": round(sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6, 2),
+        "vae_psnr_db": round(psnr(renders, through_vae(pipe.vae, renders)), 2),
+        "detector": detector_accuracy(pipe, detector),
+        "base": base_prompts(pipe, detector, work),
+        "lora": {},
+    }
+    for name in draw.CONCEPTS:
+        path = out / "lora" / f"{name}.safetensors"
+        if path.exists():
+            result["lora"][name] = lora_alone(pipe, detector, name, path, work)
+    (work / "measured.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def sheet(pictures: Pixels, captions: list[str], found: list[set[str]], path: Path, columns: int = 4) -> None:
+    """Pictures, each with its caption and what the detector found, for people to check."""
+    wide, high = 330, 140
+    rows = -(-len(pictures) // columns)
+    page = Image.new("RGB", (columns * wide, rows * high), "white")
+    pen = ImageDraw.Draw(page)
+    for i, picture in enumerate(pictures):
+        left, top = i % columns * wide, i // columns * high
+        page.paste(Image.fromarray(picture).resize((128, 128), Image.Resampling.NEAREST), (left, top))
+        lines = [*captions[i].split(", "), "", *(label for label in draw.LABELS if label in found[i])]
+        pen.multiline_text((left + 134, top), "\n".join(lines), fill="black", spacing=0, font_size=10)
+    page.save(path)

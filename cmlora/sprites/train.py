@@ -1,0 +1,300 @@
+"""Trains the sprites model: python -m cmlora.sprites.train all [--work DIR] [--out DIR], or one stage of it.
+
+Every stage stops where it was interrupted and goes on from there; a finished one is only loaded. Seeds are fixed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+from cmlora.sprites import KOHYA, WEIGHTS, draw, measure
+from cmlora.sprites.detector import Detector, blend_targets, jitter, partner
+from cmlora.sprites.fit import Schedule, fit
+from cmlora.sprites.model import (
+    make_pipeline,
+    make_scheduler,
+    make_text_encoder,
+    make_tokenizer,
+    make_unet,
+    make_vae,
+    tokenize,
+)
+
+VAE = Schedule(steps=900, lr=2e-3, weight_decay=0.0)
+DECODER = Schedule(steps=800, lr=1.5e-3, weight_decay=0.0)
+VAE_IMAGES, VAE_BATCH = 12288, 16
+DETECTOR = Schedule(steps=600, lr=2e-3)
+DETECTOR_IMAGES = 8192
+BASE = Schedule(steps=2908, lr=8e-4, warmup=100, ema=0.998)
+BASE_IMAGES, BASE_BATCH = 8192, 16
+LORA = Schedule(steps=90, lr=3e-3, warmup=10, weight_decay=0.0)
+LORA_IMAGES, LORA_BATCH, RANK = 512, 8, 8
+CONVOLVED = "checker"
+"""The LoRA with a part on the 3x3 convolutions."""
+
+
+def as_input(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, SIZE, SIZE, 3] to float32 [n, 3, SIZE, SIZE] in -1..1."""
+    return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def drawn(scenes: draw.Scenes) -> torch.Tensor:
+    """Renders, uint8 [n, SIZE, SIZE, 3]."""
+    return torch.from_numpy(draw.render(scenes))
+
+
+def batch_at(step: int, size: int, count: int) -> tuple[torch.Tensor, torch.Generator]:
+    """Indices of this step's batch, and the generator for whatever else is random in it."""
+    generator = torch.Generator().manual_seed(1_000_003 * step + 17)
+    return torch.randint(count, (size,), generator=generator), generator
+
+
+@torch.no_grad()
+def encoded(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Latents [n, 4, 16, 16] of renders: the posterior's mean."""
+    return torch.cat([vae.encode(as_input(part)).latent_dist.mean for part in torch.split(pixels, 64)])
+
+
+# --- VAE ---
+
+
+def reconstruction_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Squared and absolute error, and the error of neighbouring pixels' differences, which keeps contours sharp."""
+    error = y - x
+    contours = (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
+    total: torch.Tensor = error.square().mean() + 0.1 * error.abs().mean() + 0.2 * contours
+    return total
+
+
+def train_vae(work: Path) -> AutoencoderKL:
+    """Learns to draw all scenes, concepts included: as Stable Diffusion's, it is not what a LoRA teaches."""
+    torch.manual_seed(0)
+    vae = make_vae().to(memory_format=torch.channels_last)
+    pixels = _cached(work / "vae_pixels.pt", lambda: drawn(draw.sample(VAE_IMAGES, seed=1, concepts=0.3)))
+
+    def loss_at(step: int) -> torch.Tensor:
+        index, generator = batch_at(step, VAE_BATCH, VAE_IMAGES)
+        x = as_input(pixels[index])
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample(generator)).sample
+        kl: torch.Tensor = posterior.kl() / posterior.mean[0].numel()
+        return reconstruction_loss(y, x) + 1e-4 * kl.mean()
+
+    fit("vae", vae, loss_at, VAE, work)
+    vae.eval().requires_grad_(False)
+    standardise(vae, pixels[:1024])
+    return vae
+
+
+def train_decoder(work: Path, out: Path, vae: AutoencoderKL) -> None:
+    """Sharpens the decoder alone: latents keep their meaning, so this may run after the base model's training."""
+    pixels = _cached(work / "decoder_pixels.pt", lambda: drawn(draw.sample(VAE_IMAGES, seed=11, concepts=0.3)))
+    z = _cached(work / "decoder_latents.pt", lambda: encoded(vae, pixels))
+    part = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True).train()
+
+    def loss_at(step: int) -> torch.Tensor:
+        index, generator = batch_at(step, VAE_BATCH, VAE_IMAGES)
+        noise = torch.randn(z[index].shape, generator=generator)
+        x, y = as_input(pixels[index]), vae.decode(z[index] + 0.04 * noise).sample
+        return reconstruction_loss(y, x)
+
+    fit("decoder", part, loss_at, DECODER, work)
+    vae.eval().requires_grad_(False)
+    copy.deepcopy(vae).half().save_pretrained(out / "model" / "vae")
+
+
+@torch.no_grad()
+def standardise(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
+    """Folds mean 0 and deviation 1 of every latent channel into the two 1x1 convolutions round the latents."""
+    latents = encoded(vae, pixels)
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    channels = len(mean)
+    into, out = vae.quant_conv, vae.post_quant_conv
+    into.weight[:channels] /= std[:, None, None, None]
+    into.bias[:channels] = (into.bias[:channels] - mean) / std
+    into.bias[channels:] -= 2 * std.log()  # the other half of the outputs is the log variance
+    out.bias += out.weight[:, :, 0, 0] @ mean
+    out.weight *= std[None, :, None, None]
+
+
+# --- detector ---
+
+
+def train_detector(work: Path, out: Path, vae: AutoencoderKL) -> None:
+    """A quarter each of renders, renders through the VAE, blended renders and blends of latents."""
+    torch.manual_seed(1)
+    detector = Detector()
+    part = DETECTOR_IMAGES // 4
+    scenes = draw.sample(DETECTOR_IMAGES, seed=2, concepts=0.35)
+    others = partner(scenes, seed=3, concepts=0.35)
+    share = 0.15 + 0.7 * torch.rand(DETECTOR_IMAGES, generator=torch.Generator().manual_seed(4))
+    share[: 2 * part] = 1.0
+    truth = torch.from_numpy(draw.labels(scenes)), torch.from_numpy(draw.labels(others))
+    target, counts = blend_targets(*truth, share)
+
+    def pictures() -> torch.Tensor:
+        first, second, s = draw.render(scenes), draw.render(others), share.numpy()
+        first[part : 2 * part] = measure.through_vae(vae, first[part : 2 * part])
+        a, b, w = first[2 * part : 3 * part], second[2 * part : 3 * part], s[2 * part : 3 * part, None, None, None]
+        first[2 * part : 3 * part] = (w * a + (1 - w) * b + 0.5).astype(first.dtype)
+        first[3 * part :] = measure.through_vae(vae, first[3 * part :], second[3 * part :], share[3 * part :])
+        return torch.from_numpy(first)
+
+    pixels = _cached(work / "detector_pixels.pt", pictures)
+
+    def loss_at(step: int) -> torch.Tensor:
+        index, generator = batch_at(step, 64, DETECTOR_IMAGES)
+        logits = detector(jitter(as_input(pixels[index]), generator))
+        losses = F.binary_cross_entropy_with_logits(logits, target[index], reduction="none")
+        loss: torch.Tensor = (losses * counts[index]).sum() / counts[index].sum()
+        return loss
+
+    fit("detector", detector, loss_at, DETECTOR, work)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(detector.half().state_dict(), out / "detector.safetensors")
+
+
+# --- base model ---
+
+
+class Noising:
+    """The forward process, and the min-SNR weighted loss (gamma 5, Hang et al. 2023) of a predicted noise."""
+
+    def __init__(self) -> None:
+        self.kept = make_scheduler().alphas_cumprod
+
+    def loss(self, unet: nn.Module, z: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        t = torch.randint(len(self.kept), (len(z),), generator=generator)
+        kept = self.kept[t][:, None, None, None]
+        noise = torch.randn(z.shape, generator=generator)
+        noisy = (kept.sqrt() * z + (1 - kept).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+        error = (unet(noisy, t, encoder_hidden_states=text).sample - noise).square().mean((1, 2, 3))
+        snr = self.kept[t] / (1 - self.kept[t])
+        loss: torch.Tensor = (error * snr.clamp(max=5) / snr).mean()
+        return loss
+
+
+def train_base(work: Path, out: Path, vae: AutoencoderKL) -> None:
+    """Text encoder and UNet together, on scenes without any of the ten concepts; one caption in ten is empty."""
+    torch.manual_seed(2)
+    tokenizer = make_tokenizer(work / "tokenizer")
+    text_encoder = make_text_encoder(tokenizer)
+    unet = make_unet().to(memory_format=torch.channels_last)
+    scenes = draw.sample(BASE_IMAGES, seed=4, held_back=False)
+    z = _cached(work / "base_latents.pt", lambda: encoded(vae, drawn(scenes)))
+    ids = torch.stack([tokenize(tokenizer, draw.captions(scenes, seed)) for seed in (None, 5, 6, 7)])
+    empty = tokenize(tokenizer, [""])
+    noising = Noising()
+
+    def loss_at(step: int) -> torch.Tensor:
+        index, generator = batch_at(step, BASE_BATCH, BASE_IMAGES)
+        wording = torch.randint(len(ids), (BASE_BATCH,), generator=generator)
+        dropped = torch.rand(BASE_BATCH, 1, generator=generator) < 0.1
+        text = text_encoder(torch.where(dropped, empty, ids[wording, index])).last_hidden_state
+        return noising.loss(unet, z[index], text, generator)
+
+    fit("base", nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}), loss_at, BASE, work)
+    pipe = make_pipeline(tokenizer, text_encoder, unet, copy.deepcopy(vae))
+    pipe.to(dtype=torch.float16).save_pretrained(out / "model")
+
+
+def _cached(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    if not path.exists():
+        torch.save(make(), path)
+    made: torch.Tensor = torch.load(path, weights_only=True)
+    return made
+
+
+# --- LoRAs ---
+
+
+def lora_layers(name: str) -> str:
+    """A pattern of the layers that a LoRA adapts: attention and feed-forward, for one of them the 3x3 convolutions."""
+    linear = r"to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2"
+    return rf".*\.({linear}|conv1|conv2)" if name == CONVOLVED else rf".*\.({linear})"
+
+
+def train_loras(work: Path, out: Path, names: tuple[str, ...] = draw.CONCEPTS) -> None:
+    """One LoRA per concept, on the finished base model as users load it."""
+    (out / "lora").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        pipe = StableDiffusionPipeline.from_pretrained(out / "model", torch_dtype=torch.float32)
+        pipe.unet.requires_grad_(False)
+        torch.manual_seed(3)
+        config = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=lora_layers(name))
+        pipe.unet.add_adapter(config, adapter_name=name)
+        train_lora(work, name, pipe)
+        state = get_peft_model_state_dict(pipe.unet, adapter_name=name)
+        state = {key: value.half().contiguous() for key, value in state.items()}
+        pipe.save_lora_weights(
+            out / "lora",
+            unet_lora_layers=convert_state_dict_to_diffusers(state),
+            weight_name=f"{name}.safetensors",
+        )
+        if name in KOHYA:
+            prefixed = {f"unet.{key}": value for key, value in state.items()}
+            kohya = convert_state_dict_to_kohya(prefixed)
+            kohya = {key: value.contiguous() for key, value in kohya.items()}
+            save_file(kohya, out / "lora" / f"{name}_kohya.safetensors", metadata={"ss_network_dim": str(RANK)})
+
+
+def train_lora(work: Path, name: str, pipe: StableDiffusionPipeline) -> None:
+    """Three quarters of a batch show the concept with its word; one quarter has neither, to change nothing else."""
+    plain = draw.sample(LORA_IMAGES, seed=8, held_back=False)
+    shown = draw.sample(LORA_IMAGES, seed=9, held_back=False).with_concept(name)
+    unet = pipe.unet.to(memory_format=torch.channels_last)
+    latents, hidden = [], []
+    with torch.no_grad():
+        for scenes in (plain, shown):
+            ids = tokenize(pipe.tokenizer, draw.captions(scenes, seed=10))
+            hidden.append(torch.cat([pipe.text_encoder(part).last_hidden_state for part in torch.split(ids, 128)]))
+            latents.append(encoded(pipe.vae, drawn(scenes)))
+    noising = Noising()
+    which = (torch.arange(LORA_BATCH) % 4 > 0).long()
+    z, text = torch.stack(latents), torch.stack(hidden)
+
+    def loss_at(step: int) -> torch.Tensor:
+        index, generator = batch_at(step, LORA_BATCH, LORA_IMAGES)
+        return noising.loss(unet, z[which, index], text[which, index], generator)
+
+    fit(f"lora_{name}", unet, loss_at, LORA, work)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["vae", "base", "lora", "decoder", "detector", "measure", "all"])
+    parser.add_argument("--work", type=Path, default=Path("sprites_run"), help="checkpoints and logs")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the finished weights go")
+    parser.add_argument("--lora", nargs="*", default=draw.CONCEPTS, help="only these LoRAs")
+    chosen = parser.parse_args()
+    work, out, stage = chosen.work, chosen.out, chosen.stage
+    work.mkdir(parents=True, exist_ok=True)
+    if stage != "measure":
+        vae = train_vae(work)
+    if stage in ("base", "all"):
+        train_base(work, out, vae)
+    if stage in ("lora", "all"):
+        train_loras(work, out, tuple(chosen.lora))
+    if stage in ("decoder", "detector", "all"):
+        train_decoder(work, out, vae)
+    if stage in ("detector", "all"):
+        train_detector(work, out, vae)
+    if stage in ("measure", "all"):
+        print(json.dumps(measure.everything(out, work), indent=1))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
