@@ -33,7 +33,7 @@ class Demo:
     summary: Path
 
 
-def load_pipe(roles: Sequence[str] = tuple(ADAPTERS)) -> Any:
+def load_pipe(roles: Sequence[str]) -> Any:
     """The shipped pipeline with one LoRA per role, on the GPU where there is one."""
     from diffusers import StableDiffusionPipeline
 
@@ -69,8 +69,8 @@ def run_demo(out: Path, steps: int = 20, seed: int = 1) -> Iterator[Path]:
         steps: denoising steps. seed: of the latents, the same for all images.
     """
     out.mkdir(parents=True, exist_ok=True)
-    pipe = load_pipe()
     roles = tuple(ADAPTERS)
+    pipe = load_pipe(roles)
     images = [[draw(pipe, roles[:n], method, steps, seed) for method in METHODS] for n in range(2, len(roles) + 1)]
     labels = [f"{n} LoRAs" for n in range(2, len(roles) + 1)]
     labelled_grid(images, METHODS, labels).save(out / "methods.png")
