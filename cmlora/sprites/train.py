@@ -39,8 +39,8 @@ DETECTOR = Schedule(steps=600, lr=2e-3)
 DETECTOR_IMAGES = 8192
 BASE = Schedule(steps=2908, lr=8e-4, warmup=100, ema=0.998)
 BASE_IMAGES, BASE_BATCH = 8192, 16
-LORA = Schedule(steps=90, lr=3e-3, warmup=10, weight_decay=0.0)
-LORA_IMAGES, LORA_BATCH, RANK = 512, 8, 8
+LORA = Schedule(steps=400, lr=2e-3, warmup=20, weight_decay=0.0)
+LORA_IMAGES, LORA_BATCH, RANK = 1024, 8, 8
 CONVOLVED = "checker"
 """The LoRA with a part on the 3x3 convolutions."""
 
