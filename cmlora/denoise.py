@@ -170,7 +170,8 @@ class Denoiser:
         """One UNet evaluation of the pipeline, arguments as in UNet2DConditionModel.forward."""
         try:
             kwargs = dict(cross_attention_kwargs or {})
-            if torch.is_autocast_enabled(sample.device.type):
+            device = sample.device.type
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 raise RunError("torch.autocast is not supported: load the pipeline with torch_dtype=... instead")
             if "gligen" in kwargs:
                 raise RunError("cross_attention_kwargs['gligen'] is not supported")

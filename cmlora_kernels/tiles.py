@@ -170,7 +170,10 @@ def linear_tile(p: Problem, arch: str) -> Tile:
     if arch.startswith("sm_"):
         block_k = max(block_k, 2048 // (block_m * size))  # 16 bytes of x for each of 128 threads
     per_stage = (block_m + block_n + rank) * block_k * size
-    return Tile(block_m, block_n, block_k, warps, _stages(arch, per_stage, (block_m + block_n) * rank * size))
+    stages = _stages(arch, per_stage, (block_m + block_n) * rank * size)
+    if block_m == 16 and size == 4 and family(arch) == "wgmma":
+        stages = min(stages, 2)  # three spill four bytes at rank 16 (a resnet's time projection)
+    return Tile(block_m, block_n, block_k, warps, stages)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -450,3 +450,12 @@ def test_model_offload_of_the_pipeline(sd, offload_first, monkeypatch):
         assert relative(call(sd, 2), want) < EXACT
         assert len(cmlora.summary(sd).steps) == 2
     assert torch.equal(call(cmlora.restore(sd), 2), plain)
+
+
+def test_autocast_is_refused_by_name(sd):
+    cmlora.accelerate(sd, method="composite")
+    with torch.autocast("cpu"), pytest.raises(cmlora.RunError, match="torch_dtype"):
+        call(sd, 1)
+    want = loop(cmlora.restore(sd), lambda p: call(p, 2))
+    cmlora.accelerate(sd, method="composite")
+    assert relative(call(sd, 2), want) < EXACT

@@ -6,6 +6,7 @@ python tests/kernels/inspect_representatives.py sm_80 sm_90 sm_100 gfx942 gfx110
 import json
 import sys
 
+import torch
 import triton
 
 from cmlora_kernels.inspect import inspect_launch
@@ -33,14 +34,19 @@ SHOWN = (
 
 
 def representatives(target: str) -> list[Variant]:
-    """Of each kernel and dtype the variant that moves most; the copying kernels in fp16 on one target per vendor."""
+    """Of each kernel and dtype the variant that moves most; the copying kernels in fp16 on one target per vendor.
+
+    And the smallest linear layer in float32, whose tile of 16 tokens was the last one found to spill.
+    """
     most: dict[tuple[str, str], Variant] = {}
-    for variant in variants(target, ranks=(16,)):
+    known = variants(target, ranks=(16,))
+    for variant in known:
         key = (variant.launch.kernel.__name__, str(variant.dtype).removeprefix("torch."))
         wanted = key in EVERYWHERE or (target in ("sm_90", "gfx942") and key[1] == "float16")
         if wanted and (key not in most or variant.launch.bytes > most[key].launch.bytes):
             most[key] = variant
-    return list(most.values())
+    small = [v for v in known if v.launch.kernel.__name__ == "linear_kernel" and v.dtype == torch.float32]
+    return [*most.values(), min(small, key=lambda v: (v.launch.constexprs["BLOCK_M"], v.launch.bytes))]
 
 
 def main(targets: list[str]) -> None:
