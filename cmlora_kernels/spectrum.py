@@ -181,7 +181,9 @@ def spectrum_launch(
     block_h, block_w, block_k = padded(height), padded(width), 16
     # RDNA multiplies fp32 by plain FMAs here (bf16x6 spills): half the chunk, twice the warps
     rdna = arch.startswith("gfx1")
-    chunk_h, chunk_w, chunk_length = min(16 if rdna else 32, block_h), min(16 if rdna else 32, block_w), 16
+    # sm_80 spills sixteen bytes on float32 images of 128 rows with chunks of 32
+    chunk = 16 if rdna or (arch == "sm_80" and block_h > 64 and dtype == torch.float32) else 32
+    chunk_h, chunk_w, chunk_length = min(chunk, block_h), min(chunk, block_w), 16
     bins = number_of_bins(height, width)
     block_bins = padded(bins)
     order = radial_order(height, width, block_h, block_k, chunk_length)
