@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from PIL import Image
@@ -96,6 +96,53 @@ def demo(
     for path in run_demo(out, steps, seed):
         typer.echo(f"wrote {path}")
     typer.echo((out / "run.txt").read_text())
+
+
+@app.command()
+def quality(
+    out: Annotated[Path, typer.Option(help="Folder of the results; an interrupted run goes on.")] = Path(
+        "cmlora-quality"
+    ),
+    preset: Annotated[str, typer.Option(help="What to compare: methods or frontier.")] = "methods",
+    setting: Annotated[
+        list[str] | None, typer.Option(help="NAME:field=value,... of CMLoRAConfig; repeat; instead of the preset.")
+    ] = None,
+    half: Annotated[str, typer.Option(help="Of the combinations: choose, report or all.")] = "report",
+    sizes: Annotated[str, typer.Option(help="Numbers of LoRAs.")] = "2,3,4,5",
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures per combination and setting.")] = 1,
+    steps: Annotated[int, typer.Option(min=2)] = 20,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many combinations of a size.")] = None,
+    detector: Annotated[bool, typer.Option(help="Measure the detector itself first.")] = True,
+) -> None:
+    """Score the methods with the shipped model: does the picture show every LoRA's concept? Hours for all of it."""
+    from cmlora import quality as bed
+    from cmlora import report as told
+
+    if half not in ("choose", "report", "all"):
+        raise typer.BadParameter(f"--half must be choose, report or all, got {half!r}")
+    if preset not in ("methods", "frontier"):
+        raise typer.BadParameter(f"--preset must be methods or frontier, got {preset!r}")
+    named = dict(bed.parse_setting(text) for text in setting or ())
+    chosen = named or (bed.SETTINGS if preset == "methods" else bed.FRONTIER)
+    out.mkdir(parents=True, exist_ok=True)
+    report = []
+    if detector:
+        report += ["The detector itself:", "", bed.detector_report(), ""]
+        typer.echo("\n".join(report))
+    numbers = [int(size) for size in sizes.split(",")]
+    pictures = bed.run(out, chosen, numbers, cast(bed.Half, half), range(seeds), steps, limit)
+    report += [
+        f"{len(pictures)} pictures, {steps} steps, half: {half}. All concepts present:",
+        "",
+        told.table(pictures),
+    ]
+    told.plot(pictures, out / "quality.png")
+    report += ["", "Against cost:", "", told.frontier(pictures, out / "frontier.png")]
+    told.look(pictures, out)
+    text = "\n".join(report)
+    (out / "quality.md").write_text(f"{text}\n")
+    typer.echo(text)
+    typer.echo(f"wrote {out}/quality.jsonl, quality.md, quality.png, frontier.png, look.png")
 
 
 @app.command("inspect-kernels")

@@ -22,6 +22,8 @@ BELOW = {  # a room of cmlora -> the rooms that it may import
     "summary": {"denoise", "plan"},
     "pictures": {"summary"},
     "demo": {"accelerate", "pictures", "sprites"},
+    "quality": {"accelerate", "config", "sprites"},
+    "report": {"quality", "sprites"},
     "accelerate": {"config", "denoise", "errors", "summary", "unet"},
     "__init__": {"accelerate", "config", "errors", "summary"},
 }

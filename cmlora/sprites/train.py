@@ -33,13 +33,12 @@ from cmlora.sprites.model import (
 )
 
 VAE = Schedule(steps=900, lr=2e-3, weight_decay=0.0)
-DECODER = Schedule(steps=800, lr=1.5e-3, weight_decay=0.0)
 VAE_IMAGES, VAE_BATCH = 12288, 16
 DETECTOR = Schedule(steps=600, lr=2e-3)
 DETECTOR_IMAGES = 8192
 BASE = Schedule(steps=2908, lr=8e-4, warmup=100, ema=0.998)
 BASE_IMAGES, BASE_BATCH = 8192, 16
-LORA = Schedule(steps=400, lr=2e-3, warmup=20, weight_decay=0.0)
+LORA = Schedule(steps=600, lr=4e-3, warmup=20, weight_decay=0.0)
 LORA_IMAGES, LORA_BATCH, RANK = 1024, 8, 8
 CONVOLVED = "checker"
 """The LoRA with a part on the 3x3 convolutions."""
@@ -96,23 +95,6 @@ def train_vae(work: Path) -> AutoencoderKL:
     vae.eval().requires_grad_(False)
     standardise(vae, pixels[:1024])
     return vae
-
-
-def train_decoder(work: Path, out: Path, vae: AutoencoderKL) -> None:
-    """Sharpens the decoder alone: latents keep their meaning, so this may run after the base model's training."""
-    pixels = _cached(work / "decoder_pixels.pt", lambda: drawn(draw.sample(VAE_IMAGES, seed=11, concepts=0.3)))
-    z = _cached(work / "decoder_latents.pt", lambda: encoded(vae, pixels))
-    part = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True).train()
-
-    def loss_at(step: int) -> torch.Tensor:
-        index, generator = batch_at(step, VAE_BATCH, VAE_IMAGES)
-        noise = torch.randn(z[index].shape, generator=generator)
-        x, y = as_input(pixels[index]), vae.decode(z[index] + 0.04 * noise).sample
-        return reconstruction_loss(y, x)
-
-    fit("decoder", part, loss_at, DECODER, work)
-    vae.eval().requires_grad_(False)
-    copy.deepcopy(vae).half().save_pretrained(out / "model" / "vae")
 
 
 @torch.no_grad()
@@ -175,8 +157,11 @@ class Noising:
     def __init__(self) -> None:
         self.kept = make_scheduler().alphas_cumprod
 
-    def loss(self, unet: nn.Module, z: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        t = torch.randint(len(self.kept), (len(z),), generator=generator)
+    def loss(
+        self, unet: nn.Module, z: torch.Tensor, text: torch.Tensor, generator: torch.Generator, late: float = 1.0
+    ) -> torch.Tensor:
+        """Timesteps have the density t^(1 / late - 1): uniform at 1, more of the noisy ones below it."""
+        t = (torch.rand(len(z), generator=generator).pow(late) * len(self.kept)).long()
         kept = self.kept[t][:, None, None, None]
         noise = torch.randn(z.shape, generator=generator)
         noisy = (kept.sqrt() * z + (1 - kept).sqrt() * noise).contiguous(memory_format=torch.channels_last)
@@ -251,7 +236,7 @@ def train_loras(work: Path, out: Path, names: tuple[str, ...] = draw.CONCEPTS) -
 
 
 def train_lora(work: Path, name: str, pipe: StableDiffusionPipeline) -> None:
-    """Three quarters of a batch show the concept with its word; one quarter has neither, to change nothing else."""
+    """Seven eighths of a batch show the concept with its word; one has neither, to change nothing else."""
     plain = draw.sample(LORA_IMAGES, seed=8, held_back=False)
     shown = draw.sample(LORA_IMAGES, seed=9, held_back=False).with_concept(name)
     unet = pipe.unet.to(memory_format=torch.channels_last)
@@ -262,12 +247,13 @@ def train_lora(work: Path, name: str, pipe: StableDiffusionPipeline) -> None:
             hidden.append(torch.cat([pipe.text_encoder(part).last_hidden_state for part in torch.split(ids, 128)]))
             latents.append(encoded(pipe.vae, drawn(scenes)))
     noising = Noising()
-    which = (torch.arange(LORA_BATCH) % 4 > 0).long()
+    which = (torch.arange(LORA_BATCH) % 8 > 0).long()
     z, text = torch.stack(latents), torch.stack(hidden)
 
     def loss_at(step: int) -> torch.Tensor:
         index, generator = batch_at(step, LORA_BATCH, LORA_IMAGES)
-        return noising.loss(unet, z[which, index], text[which, index], generator)
+        # whether the concept is there at all is decided in the noisy steps
+        return noising.loss(unet, z[which, index], text[which, index], generator, late=0.5)
 
     fit(f"lora_{name}", unet, loss_at, LORA, work)
 
@@ -275,7 +261,7 @@ def train_lora(work: Path, name: str, pipe: StableDiffusionPipeline) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "base", "lora", "decoder", "detector", "measure", "all"])
+    parser.add_argument("stage", choices=["vae", "base", "lora", "detector", "measure", "all"])
     parser.add_argument("--work", type=Path, default=Path("sprites_run"), help="checkpoints and logs")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the finished weights go")
     parser.add_argument("--lora", nargs="*", default=draw.CONCEPTS, help="only these LoRAs")
@@ -288,8 +274,6 @@ def main() -> None:
         train_base(work, out, vae)
     if stage in ("lora", "all"):
         train_loras(work, out, tuple(chosen.lora))
-    if stage in ("decoder", "detector", "all"):
-        train_decoder(work, out, vae)
     if stage in ("detector", "all"):
         train_detector(work, out, vae)
     if stage in ("measure", "all"):
