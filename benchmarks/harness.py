@@ -80,6 +80,25 @@ def compare(
     return record
 
 
+def compare_calls(
+    case: str, ours: Callable[[], Any], rival: Callable[[], Any], error: float | None, pairs: int = 3
+) -> dict[str, Any]:
+    """Time whole calls in alternating pairs; print and write medians and the median ratio.
+
+    Args:
+        case: what is compared. error: relative difference of the two results; None where they are not alike by design.
+    """
+    times = [(seconds(ours, 1), seconds(rival, 1)) for _ in range(pairs)]
+    mine, theirs = (statistics.median(side) for side in zip(*times, strict=True))
+    ratio = statistics.median(a / b for a, b in times)
+    record = {"case": case, "device": _device(), "ours_s": mine, "rival_s": theirs, "time_ratio": ratio, "error": error}
+    alike = "" if error is None else f", latents differ by {error:.1e}"
+    print(f"\n{case}: {mine:.3f} s against {theirs:.3f} s, {ratio:.2f}x the time{alike}")
+    with OUTPUT.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    return record
+
+
 def _print(case: str, ours: str, name: str, row: Mapping[str, Any], kernel_bytes: int) -> None:
     what = ours if GPU else f"{ours} (torch definition, CPU)"
     print(
