@@ -18,7 +18,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from cmlora.layers import RowSlots, StackedProjection, carries_adapter, unhooked
+from cmlora.layers import RowSlots, StackedProjection, carrying, unhooked
 from cmlora.rows import Rows, Shared, whole
 
 
@@ -88,7 +88,7 @@ class Conditions:
         self.kwargs = inputs.cross_attention_kwargs
         self.row_slots = row_slots
         self.stacked = stacked
-        self.carrying = {m for m in unet.modules() if carries_adapter(m)}
+        self.carrying = carrying(unet)
         plain = self.kwargs is None and inputs.attention_mask is None and inputs.encoder_attention_mask is None
         plain = plain and unet.encoder_hid_proj is None
         self.plain = {m for m in unet.modules() if plain and _plain_transformer(m)}

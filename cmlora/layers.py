@@ -176,10 +176,16 @@ def problems(model: nn.Module, stacked: dict[nn.Module, StackedProjection]) -> I
             yield Problem(*seen, inner, outer, rank, parts, slots, bank.a.dtype, bias is not None)
 
 
-def carries_adapter(module: nn.Module) -> bool:
-    """Whether an adapter of the batch changes any layer in `module`."""
-    forwards = map(_forward_of, module.modules())
-    return any(forward is not None and forward.bank is not None for forward in forwards)
+def carrying(model: nn.Module) -> set[nn.Module]:
+    """Every layer that an adapter of the batch changes, and all modules that it lies in."""
+    modules = dict(model.named_modules())
+    found = set()
+    for name, module in modules.items():
+        forward = _forward_of(module)
+        if forward is not None and forward.bank is not None:
+            parts = name.split(".")
+            found |= {modules[".".join(parts[:i])] for i in range(len(parts) + 1)}
+    return found
 
 
 def _forward_of(layer: nn.Module | None) -> _MultiLora | None:
