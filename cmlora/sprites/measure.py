@@ -131,7 +131,7 @@ def lora_alone(pipe: Any, detector: Detector, name: str, path: Path, work: Path)
 
 
 def everything(out: Path, work: Path) -> dict[str, Any]:
-    """All figures, as a dictionary that goes to out/measured.json; sheets of pictures with verdicts go to work."""
+    """All figures, also in work/measured.json; sheets of pictures with the detector's verdicts go to work."""
     pipe = StableDiffusionPipeline.from_pretrained(out / "model", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     detector = load_detector(out / "detector.safetensors")
@@ -149,6 +149,32 @@ def everything(out: Path, work: Path) -> dict[str, Any]:
             result["lora"][name] = lora_alone(pipe, detector, name, path, work)
     (work / "measured.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The figures of `everything` as the model card shows them."""
+    columns = {
+        "labels": "labels right",
+        "true_found": "true labels found",
+        "false_refused": "false labels refused",
+        "pictures": "pictures without any error",
+    }
+    base = {f"base model, against its {result['base']['captions']} captions": result["base"]}
+    lines = [
+        f"{result['megabytes']} MB; VAE: {result['vae_psnr_db']} dB PSNR on 1000 renders, concepts included.",
+        "",
+        f"| pictures | {' | '.join(columns.values())} |",
+        "|---|" + "---|" * len(columns),
+        *(
+            f"| {kind} | " + " | ".join(f"{row[name]:.4f}" for name in columns) + " |"
+            for kind, row in (result["detector"] | base).items()
+        ),
+        "",
+        "| LoRA alone, 40 captions | concept found | all that the caption names found |",
+        "|---|---|---|",
+        *(f"| {name} | {row['concept']:.3f} | {row['all named']:.3f} |" for name, row in result["lora"].items()),
+    ]
+    return "\n".join(lines)
 
 
 def sheet(pictures: Pixels, captions: list[str], found: list[set[str]], path: Path, columns: int = 4) -> None:

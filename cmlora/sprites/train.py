@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -277,7 +276,7 @@ def main() -> None:
     if stage in ("detector", "all"):
         train_detector(work, out, vae)
     if stage in ("measure", "all"):
-        print(json.dumps(measure.everything(out, work), indent=1))  # noqa: T201
+        print(measure.markdown(measure.everything(out, work)))  # noqa: T201
 
 
 if __name__ == "__main__":
