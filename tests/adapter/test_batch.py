@@ -6,6 +6,7 @@ import torch
 import cmlora
 from tests.models import ATTENTION, EVERYTHING, Sequential, add_lora, call, embeddings, relative, sdxl_pipe
 
+STAGE = {"partition": "offline", "offline_boundary": 1.0, "dominant_decay": 0}
 KINDS = (  # rank, alpha, layers
     (4, None, ATTENTION),
     (8, 4.0, EVERYTHING),
@@ -36,7 +37,7 @@ def test_cmlora_with_cache_equals_the_loop(count):
     want, sequential = peer(count, weights, interval=2, dominance=count - 0.5)
     pipe, names = pipe_with(count)
     pipe.set_adapters(names, weights)
-    cmlora.accelerate(pipe, partition="offline", offline_boundary=1.0, dominant_decay=0, cache_interval=2)
+    cmlora.accelerate(pipe, combine="mean", cache_interval=2, **STAGE)
     assert relative(call(pipe, 5), want) < 1e-5
     full = [step.rows_full // 2 for step in cmlora.summary(pipe).steps]
     assert full == [len(passes) for passes in sequential.full_passes]
@@ -50,8 +51,7 @@ def test_every_combination_equals_the_loop(method, combine, interval):
     want, _ = peer(3, None, interval=interval, dominance=dominance, deviation=combine == "deviation")
     pipe, names = pipe_with(3)
     pipe.set_adapters(names)
-    stage = {"partition": "offline", "offline_boundary": 1.0, "dominant_decay": 0}
-    cmlora.accelerate(pipe, method=method, combine=combine, cache_interval=interval, **stage)
+    cmlora.accelerate(pipe, method=method, combine=combine, cache_interval=interval, **STAGE)
     assert relative(call(pipe, 5), want) < 1e-5
 
 
@@ -67,7 +67,7 @@ def test_every_row_alone_equals_a_plain_call_with_its_adapter():
         pipe.unet.set_adapters([name])
         plain.append(pipe.unet(given["latents"], t, given["prompt_embeds"], added_cond_kwargs=added).sample)
     pipe.unet.set_adapters(names)
-    cmlora.accelerate(pipe, method="composite")
+    cmlora.accelerate(pipe, method="composite", combine="mean")
     noises = []
     hook = pipe.unet.conv_out.register_forward_hook(lambda module, inputs, output: noises.append(output))
     pipe.unet(given["latents"], t, given["prompt_embeds"], added_cond_kwargs=added)

@@ -113,7 +113,7 @@ def composite_equals_loop(pipe, run, interval=2, branch=None):
     """`run(pipe)` under the peer and under ours; the same tensors out of both."""
     with Loop(pipe.unet, interval, branch):
         want = run(pipe)
-    with cmlora.accelerated(pipe, method="composite", cache_interval=interval, cache_branch=branch):
+    with cmlora.accelerated(pipe, method="composite", combine="mean", cache_interval=interval, cache_branch=branch):
         got = run(pipe)
         assert cmlora.summary(pipe).steps
     assert relative(got, want) < EXACT
@@ -190,7 +190,7 @@ def test_half_precision_is_no_further_off_than_the_loop(small, dtype):
     low = with_loras(sd_pipe(small_unet())).to(dtype=dtype)
     with Loop(low.unet, 2):
         loop = run(low)
-    cmlora.accelerate(low, method="composite", cache_interval=2)
+    cmlora.accelerate(low, method="composite", combine="mean", cache_interval=2)
     got = call(low, 3, given={k: v.to(dtype) for k, v in given.items()})
     assert got.dtype == dtype
     # both lose about a rounding per layer, in another order
@@ -240,7 +240,7 @@ def test_every_evaluation_of_a_scheduler_is_a_step(small, name):
     try:
         with Loop(small.unet, 2) as loop:
             want = run(small)
-        cmlora.accelerate(small, method="composite", cache_interval=2)
+        cmlora.accelerate(small, method="composite", combine="mean", cache_interval=2)
         got = run(small)
         assert len(cmlora.summary(small).steps) == loop.calls
         assert relative(got, want) < EXACT
@@ -379,7 +379,7 @@ def test_inpainting_unet_with_nine_channels():
 def test_denoising_end_then_a_longer_loop(sdxl):
     given = embeddings(sdxl)
     composite_equals_loop(sdxl, lambda p: call(p, 6, given=given, denoising_end=0.5))
-    with cmlora.accelerated(sdxl, method="composite"):
+    with cmlora.accelerated(sdxl, method="composite", combine="mean"):
         call(sdxl, 6, given=given, denoising_end=0.5)
         assert len(cmlora.summary(sdxl).steps) == 2
         # another pipeline on the same UNet, of which sdxl knows nothing
@@ -401,7 +401,7 @@ def test_callback_and_interrupt_leave_nothing_behind(small):
     bigger = embeddings(small, 2, size=(8, 24))
     with Loop(small.unet, 3):
         want = call(small, 5, given=bigger)
-    with cmlora.accelerated(small, method="composite", cache_interval=3):
+    with cmlora.accelerated(small, method="composite", combine="mean", cache_interval=3):
         call(small, 4, callback_on_step_end=watch)
         assert len(cmlora.summary(small).steps) == 2
         got = call(small, 5, given=bigger)
@@ -431,7 +431,7 @@ def test_custom_loop(small):
     composite_equals_loop(small, run)
     with Loop(small.unet, 2):
         want = run(small)
-    with cmlora.accelerated(small, method="composite"):
+    with cmlora.accelerated(small, method="composite", combine="mean"):
         assert relative(run(small, again=2), want) < EXACT
 
 
@@ -440,7 +440,10 @@ def test_two_pipelines_in_one_process(small, sdxl):
         want = call(small, 3)
     with Loop(sdxl.unet, 2):
         want_xl = call(sdxl, 3)
-    with cmlora.accelerated(small, method="composite"), cmlora.accelerated(sdxl, method="composite"):
+    with (
+        cmlora.accelerated(small, method="composite", combine="mean"),
+        cmlora.accelerated(sdxl, method="composite", combine="mean"),
+    ):
         inner = []
 
         def other(pipe, i, t, tensors):  # one runs in the middle of the other
@@ -460,7 +463,7 @@ def test_pipelines_that_share_a_unet(drop):
     with Loop(first.unet, 2):
         want = call(second, 3)
     unet = first.unet
-    cmlora.accelerate(first, method="composite")
+    cmlora.accelerate(first, method="composite", combine="mean")
     if drop:
         del first
     assert relative(call(second, 3), want) < EXACT

@@ -65,7 +65,13 @@ def per_step(pipe, short=2, long=6):
 
 @pytest.fixture(scope="module")
 def counts():
-    stage = {"partition": "offline", "offline_boundary": 1.0, "dominant_decay": 0, "cache_interval": 2}
+    stage = {
+        "combine": "mean",
+        "partition": "offline",
+        "offline_boundary": 1.0,
+        "dominant_decay": 0,
+        "cache_interval": 2,
+    }
     counted = {"plain": per_step(sd_pipe())}
     for n in (2, 5, 8):
         pipe, names = pipe_with(n)
@@ -138,7 +144,7 @@ def test_flops_on_sd15_are_7_percent_below_the_loops():
 
     def ours(pipe):
         pipe.unet.set_adapters([f"lora_{i}" for i in range(5)])
-        cmlora.accelerate(pipe, partition="offline", cache_interval=2)
+        cmlora.accelerate(pipe, combine="mean", partition="offline", cache_interval=2)
         return steps(pipe)
 
     def loop(pipe):

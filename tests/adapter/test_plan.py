@@ -13,7 +13,7 @@ NAMES = ("character_1", "style_1", "background_1")
 
 
 def plan(steps=12, names=NAMES, **config):
-    config = CMLoRAConfig(**config)
+    config = CMLoRAConfig(**({"combine": "mean"} | config))
     return make_plan(config, order_adapters(names, config), steps)
 
 

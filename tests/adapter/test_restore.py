@@ -50,9 +50,9 @@ def test_restore_leaves_nothing_behind(pipe, method):
 def test_twice_enabled_is_once_enabled_and_restore_is_never_an_error(pipe):
     before = snapshot(pipe)
     cmlora.restore(pipe)
-    cmlora.accelerate(pipe, method="composite")
+    cmlora.accelerate(pipe, method="composite", combine="mean")
     once = call(pipe)
-    cmlora.accelerate(pipe, method="composite")
+    cmlora.accelerate(pipe, method="composite", combine="mean")
     assert torch.equal(call(pipe), once)
     cmlora.restore(pipe)
     cmlora.restore(pipe)
@@ -60,7 +60,7 @@ def test_twice_enabled_is_once_enabled_and_restore_is_never_an_error(pipe):
 
 
 def test_a_second_accelerate_replaces_the_first_and_a_failing_one_changes_nothing(pipe):
-    cmlora.accelerate(pipe, method="composite", cache_interval=1)
+    cmlora.accelerate(pipe, method="composite", combine="mean", cache_interval=1)
     composite = call(pipe)
     with pytest.raises(cmlora.AdapterError):
         cmlora.accelerate(pipe, adapters=["character", "nobody"])
@@ -71,7 +71,7 @@ def test_a_second_accelerate_replaces_the_first_and_a_failing_one_changes_nothin
 
 def test_accelerated_ends_with_its_block_even_by_an_error_and_nests(pipe):
     before = snapshot(pipe)
-    with pytest.raises(KeyError), cmlora.accelerated(pipe, method="composite"):
+    with pytest.raises(KeyError), cmlora.accelerated(pipe, method="composite", combine="mean"):
         outer = call(pipe)
         with cmlora.accelerated(pipe, method="switch"):
             assert not torch.equal(call(pipe), outer)
@@ -136,7 +136,7 @@ def test_two_pipelines_do_not_meet(pipe):
 def test_summary_counts_what_ran(pipe):
     with pytest.raises(cmlora.CMLoRAError, match="not accelerated"):
         cmlora.summary(pipe)
-    cmlora.accelerate(pipe, partition="offline", cache_interval=2)
+    cmlora.accelerate(pipe, combine="mean", partition="offline", cache_interval=2)
     deep, shallow = [], []
     counters = [
         pipe.unet.mid_block.register_forward_hook(lambda m, i, o: deep.append(len(o))),

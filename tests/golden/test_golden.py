@@ -33,7 +33,7 @@ def golden_pipe(folder, case):
 
 def config_of(case):
     method, _, partition = case["method"].partition("-")
-    config = {"method": method, "cache_interval": case["cache_interval"]}
+    config = {"method": method, "combine": "mean", "cache_interval": case["cache_interval"]}
     if method == "switch":
         config["switch_step"] = case["switch_step"]
     if method == "cmlora":
