@@ -65,7 +65,7 @@ class CMLoRAConfig:
     cache_branch: tuple[int, int] | None = None
     max_cache_age: int | None = None
     switch_step: int = 5
-    combine: Combine = "mean"
+    combine: Combine = "deviation"
     dominant_weight: float | None = None
     dominant_decay: float = 0.5
     dominant_floor: float = 1.0
