@@ -22,7 +22,10 @@ BELOW = {  # a room of cmlora -> the rooms that it may import
     "summary": {"denoise", "plan"},
     "pictures": {"summary"},
     "demo": {"accelerate", "pictures", "sprites"},
-    "accelerate": {"config", "denoise", "errors", "summary", "unet"},
+    "hook": {"denoise"},
+    "profile": {"adapters", "config", "denoise", "errors", "hook", "unet"},
+    "plots": {"errors", "profile"},
+    "accelerate": {"config", "denoise", "errors", "hook", "profile", "summary", "unet"},
     "__init__": {"accelerate", "config", "errors", "summary"},
 }
 STANDARD_ONLY = ("errors", "config", "plan")
