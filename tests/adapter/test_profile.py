@@ -103,21 +103,21 @@ def test_the_larger_half_is_high_in_the_given_order():
 def test_a_profile_leaves_the_pipeline_as_it_was_even_by_an_error():
     pipe, given = tiny(sd_pipe)()
     before, scheduler, timesteps = snapshot(pipe), pipe.scheduler, pipe.scheduler.timesteps
-    profile_loras(pipe, ["two"], steps=2, images=False, **given)
+    profile_loras(pipe, ["two"], steps=1, images=False, **given)
 
     def fail(*_):
         raise KeyError
 
     with pytest.raises(KeyError):
-        profile_loras(pipe, steps=2, images=False, callback_on_step_end=fail, **given)
+        profile_loras(pipe, steps=1, images=False, callback_on_step_end=fail, **given)
     assert pipe.scheduler is scheduler
     assert pipe.scheduler.timesteps is timesteps
     assert_same(before, snapshot(pipe))
     cmlora.accelerate(pipe, method="composite")
-    image, told = call(pipe), cmlora.summary(pipe)
-    profile_loras(pipe, steps=2, images=False, **given)
+    image, told = call(pipe, 1), cmlora.summary(pipe)
+    profile_loras(pipe, steps=1, images=False, **given)
     assert cmlora.summary(pipe).steps == told.steps
-    assert torch.equal(call(pipe), image)
+    assert torch.equal(call(pipe, 1), image)
 
 
 def test_what_cannot_be_profiled_is_named():
@@ -165,13 +165,13 @@ def drawing_pipe():
 
 
 def test_auto_takes_the_split_of_a_short_profile(drawing_pipe, monkeypatch):
-    monkeypatch.setattr("cmlora.profile.AUTO_STEPS", 2)  # eight take longer and show no more
+    monkeypatch.setattr("cmlora.profile.AUTO_STEPS", 1)  # eight take longer and show no more
     config = {"partition": "offline", "offline_boundary": 1.0, "cache_interval": 1}
-    profile = profile_loras(drawing_pipe, steps=2, seed=0, images=False, prompt="", guidance_scale=1.0)
+    profile = profile_loras(drawing_pipe, steps=1, seed=0, images=False, prompt="", guidance_scale=1.0)
     told = {}
     for high in ((), "auto"):
         cmlora.accelerate(drawing_pipe, high=high, **config)
-        drawing_pipe("a red creature", num_inference_steps=2, output_type="latent")
+        drawing_pipe("a red creature", num_inference_steps=2, guidance_scale=1, output_type="latent")
         told[high] = {step.dominant[0] for step in cmlora.summary(drawing_pipe).steps}
     assert told == {(): {"background_1", "background_2"}, "auto": set(profile.high)}
 
@@ -180,9 +180,9 @@ def test_auto_takes_the_split_of_a_short_profile(drawing_pipe, monkeypatch):
     with pytest.raises(
         cmlora.AdapterError, match=r"background_1, background_2, which are now background_1, third; call"
     ):
-        drawing_pipe("a red creature", num_inference_steps=2, output_type="latent")
+        drawing_pipe("a red creature", num_inference_steps=2, guidance_scale=1, output_type="latent")
     cmlora.accelerate(drawing_pipe, high="auto", **config)
-    drawing_pipe("a red creature", num_inference_steps=1, output_type="latent")
+    drawing_pipe("a red creature", num_inference_steps=1, guidance_scale=1, output_type="latent")
     assert "third" in cmlora.summary(drawing_pipe).adapters
 
 
