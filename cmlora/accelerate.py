@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from cmlora.config import CMLoRAConfig
 from cmlora.denoise import Denoiser
 from cmlora.errors import CMLoRAError, UnsupportedModelError
+from cmlora.hook import find, install, installed, remove
+from cmlora.profile import settle
 from cmlora.summary import Summary, summarise
 from cmlora.unet import check_supported
 
@@ -47,7 +49,8 @@ def accelerate(pipe: Pipe, config: CMLoRAConfig | None = None, **overrides: Any)
     Args:
         pipe: a diffusers pipeline with a UNet2DConditionModel and LoRAs loaded.
         config: how to compose; None: the defaults.
-        **overrides: single fields of CMLoRAConfig, e.g. method="composite".
+        **overrides: single fields of CMLoRAConfig, e.g. method="composite". high="auto" draws each LoRA alone here,
+            a few steps with an empty prompt (`cmlora.profile.settle`).
 
     Returns:
         `pipe`. A second call replaces the first.
@@ -58,39 +61,21 @@ def accelerate(pipe: Pipe, config: CMLoRAConfig | None = None, **overrides: Any)
         UnsupportedModelError: a pipeline or UNet that cannot be run.
         Whichever it is, the pipeline is left as it was.
     """
-    built = CMLoRAConfig.build(config, overrides)
-    unet = getattr(pipe, "unet", None)
-    if unet is None:
-        raise UnsupportedModelError(
-            f"{type(pipe).__name__} has no unet; cmlora composes LoRAs on UNet2DConditionModel pipelines: "
-            + ", ".join(_SUPPORTED)
-        )
-    check_supported(unet)
-    denoiser = Denoiser(pipe, built)
-    restore(pipe)
-    _Hook(denoiser).install()
+    install(pipe, _make_denoiser(pipe, config, overrides))
     return pipe
 
 
 def restore(pipe: Pipe) -> Pipe:
     """Take everything back: the pipeline is as it was before `accelerate`. Does nothing where there is nothing."""
-    hook = _find(pipe)
-    if hook is not None:
-        hook.uninstall()
+    remove(pipe)
     return pipe
 
 
 @contextmanager
 def accelerated(pipe: Pipe, config: CMLoRAConfig | None = None, **overrides: Any) -> Iterator[Pipe]:
     """`accelerate` for the length of a with block; what was there before comes back behind it."""
-    previous = _find(pipe)
-    accelerate(pipe, config, **overrides)
-    try:
+    with installed(pipe, _make_denoiser(pipe, config, overrides)):
         yield pipe
-    finally:
-        restore(pipe)
-        if previous is not None:
-            previous.install()
 
 
 def summary(pipe: Any) -> Summary:
@@ -99,48 +84,20 @@ def summary(pipe: Any) -> Summary:
     Raises:
         CMLoRAError: the pipeline is not accelerated.
     """
-    hook = _find(pipe)
+    hook = find(pipe)
     if hook is None:
         raise CMLoRAError("the pipeline is not accelerated; call cmlora.accelerate(pipe) first")
     return summarise(hook.denoiser)
 
 
-class _Hook:
-    """Our forward in the place of the UNet's, and what stood there."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser = denoiser
-        self.state = denoiser.unet.__dict__
-        # An offload hook of accelerate keeps the forward that it wraps in _old_forward: ours goes there, where the
-        # weights have been moved already. Set up after ours, such a hook moves ours there by itself.
-        slot = "_old_forward" if "_old_forward" in self.state else "forward"
-        self.slot = slot
-        self.was_set = slot in self.state
-        self.original = getattr(denoiser.unet, slot)
-        self.forward = denoiser.make_forward(self.original)
-        self.forward.cmlora = self  # type: ignore[attr-defined]  # how it is found again, with nothing global
-
-    def install(self) -> None:
-        self.denoiser.open()
-        self.state[self.slot] = self.forward
-
-    def uninstall(self) -> None:
-        self.denoiser.close()
-        if self.state.get("_old_forward") is self.forward:
-            self.state["_old_forward"] = self.original
-        if self.state.get("forward") is self.forward:
-            if self.was_set:
-                self.state["forward"] = self.original
-            else:
-                del self.state["forward"]
-
-
-def _find(pipe: Any) -> _Hook | None:
-    """The hook on the pipeline's UNet, if it is in force."""
-    state = getattr(getattr(pipe, "unet", None), "__dict__", {})
-    for slot in ("forward", "_old_forward"):
-        hook = getattr(state.get(slot), "cmlora", None)
-        # what wraps our forward may carry its attributes: only ours itself counts
-        if isinstance(hook, _Hook) and state[slot] is hook.forward:
-            return hook
-    return None
+def _make_denoiser(pipe: Any, config: CMLoRAConfig | None, overrides: dict[str, Any]) -> Denoiser:
+    built = CMLoRAConfig.build(config, overrides)
+    unet = getattr(pipe, "unet", None)
+    if unet is None:
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} has no unet; cmlora composes LoRAs on UNet2DConditionModel pipelines: "
+            + ", ".join(_SUPPORTED)
+        )
+    check_supported(unet)
+    profiled = built.high == "auto" and built.method == "cmlora"  # other methods know no high and low
+    return Denoiser(pipe, settle(pipe, built) if profiled else built, profiled=profiled)

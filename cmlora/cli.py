@@ -1,4 +1,4 @@
-"""The command line: `cmlora generate` draws with LoRAs from files, alone or method beside method."""
+"""The command line: `cmlora generate` draws with LoRAs from files, `cmlora profile` measures each alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast
 import typer
 from PIL import Image
 
-from cmlora import CMLoRAError, accelerate, restore, summary
+from cmlora import CMLoRAError, accelerate, restore, sprites, summary
 from cmlora.config import CMLoRAConfig
 from cmlora.pictures import labelled_grid
 
@@ -33,7 +33,10 @@ class LoraFile:
 
     @classmethod
     def parse(cls, text: str) -> LoraFile:
-        """Split FILE[:WEIGHT][=NAME]; the name defaults to the file's stem, the weight to 1."""
+        """Split FILE[:WEIGHT][=NAME]; the name defaults to the file's stem, the weight to 1.
+
+        A file that is not there may be the name of one of the shipped model's LoRAs.
+        """
         rest, _, name = text.partition("=")
         path, weight = rest, 1.0
         head, colon, tail = rest.rpartition(":")
@@ -42,6 +45,8 @@ class LoraFile:
                 path, weight = head, float(tail)
             except ValueError:
                 path = rest  # a colon of the path itself
+        if not Path(path).is_file() and path in sprites.CONCEPTS:
+            return cls(Path(sprites.lora_path(path)), weight, name or path)
         if not Path(path).is_file():
             raise typer.BadParameter(f"--lora {text}: no such file: {path}")
         return cls(Path(path), weight, name or Path(path).stem.replace(".", "_"))
@@ -117,6 +122,7 @@ def quality(
     """Score the methods with the shipped model: does the picture show every LoRA's concept? Hours for all of it."""
     from cmlora import quality as bed
     from cmlora import report as told
+    from cmlora.plots import plot_frontier, plot_quality  # before hours of work: it may lack matplotlib
 
     if half not in ("choose", "report", "all"):
         raise typer.BadParameter(f"--half must be choose, report or all, got {half!r}")
@@ -136,13 +142,53 @@ def quality(
         "",
         told.table(pictures),
     ]
-    told.plot(pictures, out / "quality.png")
-    report += ["", "Against cost:", "", told.frontier(pictures, out / "frontier.png")]
+    plot_quality(told.lines(pictures), out / "quality.png")
+    plot_frontier(told.pooled(pictures), out / "frontier.png")
+    report += ["", "Against cost:", "", told.cost_table(pictures)]
     told.look(pictures, out)
     text = "\n".join(report)
     (out / "quality.md").write_text(f"{text}\n")
     typer.echo(text)
     typer.echo(f"wrote {out}/quality.jsonl, quality.md, quality.png, frontier.png, look.png")
+
+
+@app.command()
+def profile(
+    lora: Annotated[
+        list[str], typer.Option(help="FILE[:WEIGHT][=NAME]; repeat for each LoRA. zebrin, ...: shipped ones.")
+    ],
+    prompt: Annotated[str, typer.Option(help="What to draw with each LoRA alone.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a diffusers pipeline; default: the shipped one.", exists=True, file_okay=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the plots and numbers.", file_okay=False)] = Path(
+        "cmlora-profile"
+    ),
+    steps: Annotated[int, typer.Option(min=2)] = 25,
+    seed: int = 0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
+    every: Annotated[int, typer.Option(min=1, help="Radial spectra of every so many steps.")] = 5,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="Two LoRAs or image files for the difference; default: highest and lowest intensity."),
+    ] = None,
+) -> None:
+    """Draw with each LoRA alone: which are high, which low frequency; spectra, and similarity of cached features."""
+    from cmlora.plots import write_profile  # first of all: without matplotlib nothing is drawn in vain
+    from cmlora.profile import profile_loras
+
+    files = [LoraFile.parse(text) for text in lora]
+    names = [f.name for f in files]
+    for name in compare or ():
+        if name not in names and not Path(name).is_file():
+            raise typer.BadParameter(f"--compare {name}: neither a LoRA ({', '.join(names)}) nor an image file")
+    pipe = _load(model or Path(sprites.model_path()), files)
+    told = profile_loras(pipe, names, steps=steps, seed=seed, prompt=prompt, guidance_scale=guidance)
+    setting = {"prompt": prompt, "steps": steps, "seed": seed, "guidance": guidance}
+    typer.echo(told)
+    for path in write_profile(told, out, every, compare, setting):
+        typer.echo(f"wrote {path}")
 
 
 @app.command("inspect-kernels")

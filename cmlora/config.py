@@ -31,7 +31,8 @@ class CMLoRAConfig:
         adapters: names, in order; None: the active ones (`pipe.set_adapters`). Where only the one loaded last is
             active, as `pipe.load_lora_weights` leaves it, methods that compose several take all that are loaded.
         high, low: which adapters carry high or low frequencies; what is named in neither goes by ComposLoRA's role in
-            its name (background: low, all else: high).
+            its name (background: low, all else: high). high="auto": as a profile says that `accelerate` makes, see
+            `cmlora.profile.settle`; only for cmlora.
         cache_interval: deep features are refreshed every so many steps; 1: no cache; "nonuniform": every 2nd, 3rd,
             2nd step in the first 3/8, the middle half, the last 1/8; "quadratic": dense around `quadratic_center`.
         cache_branch: (layer, block) of the skip connection where the deep part begins, as in DeepCache; None: the
@@ -59,7 +60,7 @@ class CMLoRAConfig:
     method: Method = "cmlora"
     partition: Partition = "online"
     adapters: Sequence[str] | None = None
-    high: Sequence[str] = ()
+    high: Sequence[str] | Literal["auto"] = ()
     low: Sequence[str] = ()
     cache_interval: int | CacheSchedule = 2
     cache_branch: tuple[int, int] | None = None
@@ -158,11 +159,14 @@ def _number(
         raise ConfigError(f"{name} must be a number in {interval}{choice}, got {value!r}")
 
 
-def _names(name: str, value: object) -> tuple[str, ...] | None:
+def _names(name: str, value: object) -> tuple[str, ...] | Literal["auto"] | None:
     if value is None and name == "adapters":
         return None
+    if value == "auto" and name == "high":
+        return "auto"
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
-        raise ConfigError(f"{name} must be a sequence of adapter names, got {value!r}")
+        alternative = " or 'auto'" if name == "high" else ""
+        raise ConfigError(f"{name} must be a sequence of adapter names{alternative}, got {value!r}")
     duplicates = sorted({v for v in value if list(value).count(v) > 1})
     if duplicates:
         raise ConfigError(f"{name} must name each adapter once, got {', '.join(duplicates)} more than once")
@@ -170,6 +174,10 @@ def _names(name: str, value: object) -> tuple[str, ...] | None:
 
 
 def _disjoint(high: Sequence[str], low: Sequence[str]) -> None:
+    if high == "auto":
+        if low:
+            raise ConfigError(f"low must be empty with high='auto', which settles both, got {', '.join(low)}")
+        return
     both = sorted(set(high) & set(low))
     if both:
         raise ConfigError(f"high and low must not share an adapter, got {', '.join(both)} in both")

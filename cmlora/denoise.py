@@ -17,7 +17,7 @@ from torch import Tensor
 from cmlora.adapters import AdapterBank, build_bank, choose_adapters, fill_bank, fingerprint, lora_layers
 from cmlora.conditions import Conditions, Inputs
 from cmlora.config import CMLoRAConfig
-from cmlora.errors import RunError
+from cmlora.errors import AdapterError, RunError
 from cmlora.layers import RowSlots, install, problems, stack_projections, uninstall
 from cmlora.plan import Step, make_plan, order_adapters
 from cmlora.rows import Rows
@@ -79,13 +79,15 @@ class Denoiser:
     Args:
         pipe: the pipeline, for its scheduler; held weakly.
         config: how to compose.
+        profiled: whether the config's high and low were measured (high="auto"): they then hold for these adapters only.
     """
 
-    def __init__(self, pipe: Any, config: CMLoRAConfig) -> None:
+    def __init__(self, pipe: Any, config: CMLoRAConfig, *, profiled: bool = False) -> None:
         self._pipe = weakref.ref(pipe)
         self._scheduler = getattr(pipe, "scheduler", None)  # of pipelines that share the UNet, once `pipe` is gone
         self.unet = pipe.unet
         self.config = config
+        self.profiled = profiled
         self.row_slots = RowSlots()
         self.batched = BatchedUNet(self.unet, config.cache_branch, self.row_slots, config.backend)
         self.run: Run | None = None
@@ -154,6 +156,12 @@ class Denoiser:
             several = self.config.method != "merge"
             elsewhere = _elsewhere(self._pipe())
             names = choose_adapters(self.unet, self.config.adapters, several=several, elsewhere=elsewhere)
+            measured = {*self.config.high, *self.config.low}
+            if self.profiled and measured != {*names}:
+                raise AdapterError(
+                    f"high='auto' was settled for the adapters {', '.join(sorted(measured))}, which are now "
+                    f"{', '.join(names)}; call cmlora.accelerate(pipe, high='auto', ...) again"
+                )
             names = order_adapters(names, self.config)
         make_plan(self.config, names, 1)  # high and low must name adapters that take part
         return build_bank(self.unet, names, merged=self.config.method == "merge", device=self.unet.device)

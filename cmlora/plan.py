@@ -62,6 +62,7 @@ def partition_adapters(names: Sequence[str], config: CMLoRAConfig) -> tuple[tupl
     Raises:
         ConfigError: high or low names an adapter that takes no part.
     """
+    assert config.high != "auto"  # accelerate has settled it
     for field, given in (("high", config.high), ("low", config.low)):
         unknown = [name for name in given if name not in names]
         if unknown:

@@ -70,7 +70,8 @@ class Picture:
         concepts: probability of each of the LoRAs' concepts.
         present: whether all of them are above one half.
         named: share of the prompt's other words that the detector found.
-        seconds: wall time of the pipeline's call, over its pictures. gflop: of the UNet, per picture.
+        seconds: wall time of the pipeline's call, over its pictures; the first call of a setting and size is counted,
+            too, and takes longer. gflop: of the UNet, per picture.
     """
 
     loras: tuple[str, ...]
@@ -168,10 +169,11 @@ class Bed:
         self.pipe.set_adapters([adapter_name(name) for name in loras])
         accelerate(self.pipe, **config)
         cost = (len(loras), setting, json.dumps(config, sort_keys=True), len(seeds), steps)
-        if cost not in self.flops:  # adapters weigh so little that one combination of a size stands for all
-            self.flops[cost] = self._gigaflops(prompts, steps)
         began = time.perf_counter()
-        made = self._call(prompts, steps, seeds)
+        if cost in self.flops:
+            made = self._call(prompts, steps, seeds)
+        else:  # adapters weigh so little that one combination of a size stands for all
+            made, self.flops[cost] = self._counted(prompts, steps, seeds)
         seconds = (time.perf_counter() - began) / len(seeds)
         restore(self.pipe)
         pixels = (made * 255 + 0.5).astype(np.uint8)
@@ -203,8 +205,8 @@ class Bed:
         ).images
         return images
 
-    def _gigaflops(self, prompts: list[str], steps: int) -> float:
-        """Of the UNet in one call of the pipeline."""
+    def _counted(self, prompts: list[str], steps: int, seeds: Sequence[int]) -> tuple[npt.NDArray[np.float32], float]:
+        """The pictures, and the GFLOP of the UNet."""
         original, total = self.pipe.unet.forward, 0
 
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -216,10 +218,10 @@ class Bed:
 
         self.pipe.unet.forward = counted
         try:
-            self._call(prompts, steps, range(len(prompts)))
+            made = self._call(prompts, steps, seeds)
         finally:
             self.pipe.unet.forward = original
-        return total / 1e9
+        return made, total / 1e9
 
 
 def adapter_name(concept: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,15 +15,31 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table: one setting at one number of LoRAs; intervals are 95 % bootstrap intervals."""
+    """One setting at one number of LoRAs, or at all of them together (size 0).
+
+    Attributes:
+        present: share of pictures with all concepts: mean and 95 % bootstrap interval.
+        concept: probability of a concept, mean over a picture's: the same.
+        seconds: median per picture. gflop: mean per picture.
+    """
 
     setting: str
     size: int
-    pictures: int
     present: tuple[float, float, float]
     concept: tuple[float, float, float]
     seconds: float
     gflop: float
+
+    @classmethod
+    def of(cls, setting: str, size: int, pictures: Sequence[Picture]) -> Line:
+        return cls(
+            setting=setting,
+            size=size,
+            present=mean_with_interval([p.present for p in pictures]),
+            concept=mean_with_interval([float(np.mean(list(p.concepts.values()))) for p in pictures]),
+            seconds=float(np.median([p.seconds for p in pictures])),
+            gflop=float(np.mean([p.gflop for p in pictures])),
+        )
 
 
 def mean_with_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -35,117 +50,71 @@ def mean_with_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return float(x.mean()), float(low), float(high)
 
 
+def settings_of(pictures: Sequence[Picture]) -> list[str]:
+    """In the order of their first picture."""
+    return list(dict.fromkeys(p.setting for p in pictures))
+
+
 def lines(pictures: Sequence[Picture]) -> list[Line]:
-    """The table: settings in the order of their first picture, by number of LoRAs."""
+    """A line per setting and number of LoRAs."""
     found = []
-    for size in sorted({len(p.loras) for p in pictures}):
-        for setting in dict.fromkeys(p.setting for p in pictures):
+    for setting in settings_of(pictures):
+        for size in sorted({len(p.loras) for p in pictures}):
             chosen = [p for p in pictures if len(p.loras) == size and p.setting == setting]
-            if chosen:
-                found.append(
-                    Line(
-                        setting=setting,
-                        size=size,
-                        pictures=len(chosen),
-                        present=mean_with_interval([p.present for p in chosen]),
-                        concept=mean_with_interval([float(np.mean(list(p.concepts.values()))) for p in chosen]),
-                        seconds=float(np.median([p.seconds for p in chosen])),
-                        gflop=float(np.mean([p.gflop for p in chosen])),
-                    )
-                )
+            found += [Line.of(setting, size, chosen)] if chosen else []
+    return found
+
+
+def pooled(pictures: Sequence[Picture]) -> list[Line]:
+    """A line per setting, cheapest first."""
+    found = [Line.of(name, 0, [p for p in pictures if p.setting == name]) for name in settings_of(pictures)]
+    return sorted(found, key=lambda line: line.gflop)
+
+
+def front(points: Sequence[Line]) -> list[Line]:
+    """Those of the points, cheapest first, that none which costs less scores as much as."""
+    found: list[Line] = []
+    for point in points:
+        if not found or point.concept[0] > found[-1].concept[0]:
+            found.append(point)
     return found
 
 
 def table(pictures: Sequence[Picture]) -> str:
-    """Markdown: a row per setting, a column per number of LoRAs with all-present rate and its interval."""
-    found = lines(pictures)
-    sizes = sorted({line.size for line in found})
-    head = ["setting", *(f"{size} LoRAs" for size in sizes), "concept score", "GFLOP per image", "seconds per image"]
+    """Markdown: a row per setting; all-present rate per number of LoRAs, then score and cost over all of them."""
+    sizes = sorted({len(p.loras) for p in pictures})
+    head = ["setting", *(f"{size} LoRAs" for size in sizes), "all sizes", "concept score", "GFLOP per image"]
+    together = {line.setting: line for line in pooled(pictures)}
+    by_size = {(line.setting, line.size): _interval(line.present) for line in lines(pictures)}
     rows = [head, ["---"] * len(head)]
-    for setting in dict.fromkeys(line.setting for line in found):
-        own = {line.size: line for line in found if line.setting == setting}
-        cells = [_interval(own[size].present) if size in own else "" for size in sizes]
-        largest = own[max(own)]
-        score = _interval(
-            mean_with_interval([float(np.mean(list(p.concepts.values()))) for p in pictures if p.setting == setting])
+    for name in settings_of(pictures):
+        all_sizes = together[name]
+        cells = [by_size.get((name, size), "") for size in sizes]
+        rows.append(
+            [name, *cells, _interval(all_sizes.present), _interval(all_sizes.concept), f"{all_sizes.gflop:.1f}"]
         )
-        rows.append([setting, *cells, score, f"{largest.gflop:.0f}", f"{largest.seconds:.1f}"])
+    return _markdown(rows)
+
+
+def cost_table(pictures: Sequence[Picture]) -> str:
+    """Markdown: settings from the cheapest on, and which of them are on the frontier."""
+    points = pooled(pictures)
+    ahead = {line.setting for line in front(points)}
+    rows = [["setting", "GFLOP per image", "seconds per image", "concept score", "all present", "on the frontier"]]
+    rows += [["---"] * len(rows[0])]
+    for line in points:
+        score, present, on = _interval(line.concept), _interval(line.present), "yes" if line.setting in ahead else ""
+        rows.append([line.setting, f"{line.gflop:.1f}", f"{line.seconds:.2f}", score, present, on])
+    return _markdown(rows)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _interval(values: tuple[float, float, float]) -> str:
     mean, low, high = values
     return f"{mean:.2f} ({low:.2f}-{high:.2f})"
-
-
-def plot(pictures: Sequence[Picture], path: Path) -> None:
-    """All-present rate over the number of LoRAs, with intervals, a line per setting.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed (extra `plots`).
-    """
-    plt = pyplot()
-    found = lines(pictures)
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    settings = list(dict.fromkeys(line.setting for line in found))
-    for i, setting in enumerate(settings):
-        own = [line for line in found if line.setting == setting]
-        x = [line.size + 0.06 * (i - len(settings) / 2) for line in own]
-        y = np.array([line.present for line in own])
-        error = np.maximum(0, [y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]])
-        style = "--" if setting.endswith("mean") else "-"
-        axes.errorbar(x, y[:, 0], yerr=error, marker="o", linestyle=style, capsize=2, label=setting)
-    axes.set(xlabel="LoRAs in one image", ylabel="all concepts present", ylim=(-0.03, 1.03))
-    axes.set_xticks(sorted({line.size for line in found}))
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def frontier(pictures: Sequence[Picture], path: Path) -> str:
-    """Concept score over FLOPs per image, a point per setting; returns it as a Markdown table, cheapest first.
-
-    A setting is on the frontier where none that costs less scores as much.
-    """
-    plt = pyplot()
-    points = []
-    for setting in dict.fromkeys(p.setting for p in pictures):
-        own = [p for p in pictures if p.setting == setting]
-        score = mean_with_interval([float(np.mean(list(p.concepts.values()))) for p in own])
-        present = mean_with_interval([p.present for p in own])
-        points.append((float(np.mean([p.gflop for p in own])), score, present, setting))
-    points.sort()
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    rows = ["| setting | GFLOP per image | concept score | all present | on the frontier |", "|---|---|---|---|---|"]
-    best, front = -1.0, []
-    for cost, score, present, setting in points:
-        ahead = score[0] > best
-        best = max(best, score[0])
-        front += [(cost, score[0])] if ahead else []
-        error = [[score[0] - score[1]], [score[2] - score[0]]]
-        colour = "tab:blue" if setting.startswith("mean") else "tab:orange"
-        axes.errorbar([cost], [score[0]], yerr=error, marker="o", color=colour, capsize=2)
-        axes.annotate(setting, (cost, score[0]), fontsize=6, xytext=(4, 3), textcoords="offset points")
-        rows.append(
-            f"| {setting} | {cost:.1f} | {_interval(score)} | {_interval(present)} | {'yes' if ahead else ''} |"
-        )
-    axes.plot(*zip(*front, strict=True), drawstyle="steps-post", color="gray", linewidth=1)
-    axes.set(xlabel="GFLOP per image (UNet)", ylabel="concept score")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return "\n".join(rows)
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot without a window."""
-    try:
-        import matplotlib as mpl
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'cmlora[plots]'") from error
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def look(pictures: Sequence[Picture], out: Path, count: int = 32) -> Path:

@@ -24,7 +24,10 @@ BELOW = {  # a room of cmlora -> the rooms that it may import
     "demo": {"accelerate", "pictures", "sprites"},
     "quality": {"accelerate", "config", "sprites"},
     "report": {"quality", "sprites"},
-    "accelerate": {"config", "denoise", "errors", "summary", "unet"},
+    "hook": {"denoise"},
+    "profile": {"adapters", "config", "denoise", "errors", "hook", "unet"},
+    "plots": {"errors", "profile", "report"},
+    "accelerate": {"config", "denoise", "errors", "hook", "profile", "summary", "unet"},
     "__init__": {"accelerate", "config", "errors", "summary"},
 }
 STANDARD_ONLY = ("errors", "config", "plan")
