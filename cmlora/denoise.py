@@ -138,9 +138,15 @@ class Denoiser:
         """Memory of all that is stacked."""
         return self.bank.bytes + sum(projection.bytes for projection in self.batched.stacked.values())
 
+    @property
+    def _device(self) -> torch.device:
+        """Of the UNet; its own property looks for hooks in every module first, which takes milliseconds."""
+        device: torch.device = next(self.unet.parameters()).device
+        return device
+
     def strategies(self) -> dict[str, int]:
         """How many of the linear layers that carry adapters ran with which strategy of the kernels' cost model."""
-        device = self.unet.device
+        device = self._device
         triton = self.config.backend == "triton" or (self.config.backend == "auto" and device.type == "cuda")
         ran = list(problems(self.unet, self.batched.stacked))
         if not triton:
@@ -148,7 +154,7 @@ class Denoiser:
         return dict(collections.Counter(choose(problem, arch_of(device)).strategy for problem in ran))
 
     def _key(self) -> tuple[object, ...]:
-        return (fingerprint(self.unet), self.unet.device)
+        return (fingerprint(self.unet), self._device)
 
     def _build(self) -> AdapterBank:
         names: tuple[str, ...] = ()
@@ -164,7 +170,7 @@ class Denoiser:
                 )
             names = order_adapters(names, self.config)
         make_plan(self.config, names, 1)  # high and low must name adapters that take part
-        return build_bank(self.unet, names, merged=self.config.method == "merge", device=self.unet.device)
+        return build_bank(self.unet, names, merged=self.config.method == "merge", device=self._device)
 
     def __call__(
         self,

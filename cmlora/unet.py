@@ -376,7 +376,7 @@ def check_supported(unet: Any) -> None:
         value = unet.config.get(name, allowed[0])
         if value not in allowed:
             raise UnsupportedModelError(f"this UNet's {name} is {value!r}; supported are {allowed}")
-    processors = {type(p).__name__ for p in unet.attn_processors.values()}
+    processors = {type(m.get_processor()).__name__ for m in unet.modules() if hasattr(m, "get_processor")}
     if any(name.startswith("PAG") for name in processors):
         raise UnsupportedModelError(
             "PAG processors split the batch; use a pipeline without perturbed-attention guidance"

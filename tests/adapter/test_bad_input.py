@@ -182,7 +182,7 @@ def test_foreign_unet_and_fused_projections(sd):
 
 def test_attention_that_changes_after_accelerate(sd):
     want = loop(sd, lambda p: call(p, 2))
-    cmlora.accelerate(sd, method="composite")
+    cmlora.accelerate(sd, method="composite", combine="mean")
     sd.fuse_qkv_projections(vae=False)
     with pytest.raises(cmlora.UnsupportedModelError, match="unfuse_qkv_projections"):
         call(sd, 2)
@@ -196,7 +196,7 @@ def test_perturbed_attention_guidance():
     for seed, name in enumerate("ab"):
         add_lora(pipe.unet, name, pattern=r"net\.2$", seed=seed)
     own = dict(pipe.unet.attn_processors)
-    cmlora.accelerate(pipe, method="composite")
+    cmlora.accelerate(pipe, method="composite", combine="mean")
     with pytest.raises(cmlora.UnsupportedModelError, match=r"PAG.*without perturbed-attention"):
         call(pipe, 2, pag_scale=3.0)
     pipe.unet.set_attn_processor(own)  # diffusers leaves its own behind in a call that fails
@@ -208,7 +208,7 @@ def test_perturbed_attention_guidance():
 
 def test_timestep_from_elsewhere(sd):
     given, want = embeddings(sd), loop(sd, lambda p: call(p, 2))
-    cmlora.accelerate(sd, method="composite")
+    cmlora.accelerate(sd, method="composite", combine="mean")
     sd.scheduler.set_timesteps(4)
     for timestep in (torch.tensor(981), 981, sd.scheduler.timesteps[0].clone()):
         with pytest.raises(cmlora.RunError, match=r"element of pipe\.scheduler\.timesteps.*set_timesteps"):
@@ -218,7 +218,7 @@ def test_timestep_from_elsewhere(sd):
 
 def test_unet_called_once_per_guidance_half(sd):
     given, want = embeddings(sd), loop(sd, lambda p: call(p, 2))
-    cmlora.accelerate(sd, method="composite")
+    cmlora.accelerate(sd, method="composite", combine="mean")
     sd.scheduler.set_timesteps(4)
     t = sd.scheduler.timesteps[0]
     sd.unet(given["latents"], t, given["prompt_embeds"])
@@ -270,7 +270,7 @@ def test_diffusers_own_cut_off_with_the_online_gate(sd):
 
 def test_a_batch_that_changes_otherwise(sd):
     given, want = embeddings(sd), loop(sd, lambda p: call(p, 2))
-    cmlora.accelerate(sd, method="composite")
+    cmlora.accelerate(sd, method="composite", combine="mean")
     sd.scheduler.set_timesteps(4)
     first, second, *_ = sd.scheduler.timesteps
     x, context = given["latents"], given["prompt_embeds"]
@@ -283,7 +283,7 @@ def test_a_batch_that_changes_otherwise(sd):
 
 def test_an_exception_in_mid_step(sd):
     want = loop(sd, lambda p: call(p, 2))
-    cmlora.accelerate(sd, method="composite")
+    cmlora.accelerate(sd, method="composite", combine="mean")
 
     def fail(*_):
         raise ValueError("from a user's hook")
@@ -321,7 +321,7 @@ def test_weights_swapped_for_a_larger_rank(sd):
 
 
 def test_adapter_deleted_after_accelerate(sd):
-    cmlora.accelerate(sd, method="composite")
+    cmlora.accelerate(sd, method="composite", combine="mean")
     call(sd, 1)
     sd.delete_adapters("b")
     with pytest.raises(cmlora.AdapterError, match="at least two adapters, got a"):
@@ -350,7 +350,7 @@ def test_adapter_added_after_accelerate(sd):
 
 
 def test_unloaded_and_loaded_again(sd):
-    cmlora.accelerate(sd, method="composite")
+    cmlora.accelerate(sd, method="composite", combine="mean")
     sd.unload_lora_weights()
     with pytest.raises(cmlora.AdapterError, match="no LoRA layer"):
         call(sd, 1)
@@ -365,7 +365,7 @@ def test_unloaded_and_loaded_again(sd):
     [("fuse_lora", "unfuse_lora", "unfuse_lora"), ("disable_lora", "enable_lora", "enable_lora")],
 )
 def test_fused_or_disabled_after_accelerate(sd, change, undo, message):
-    cmlora.accelerate(sd, method="composite")
+    cmlora.accelerate(sd, method="composite", combine="mean")
     call(sd, 1)
     getattr(sd, change)()
     with pytest.raises(cmlora.AdapterError, match=message):
@@ -396,7 +396,7 @@ def test_offload_hook_and_restore_in_each_order(sd, hook_first, restore_first):
     plain, want, hook = call(sd, 2), loop(sd, lambda p: call(p, 2)), Moves()
     if hook_first:
         add_hook_to_module(sd.unet, hook)
-    cmlora.accelerate(sd, method="composite")
+    cmlora.accelerate(sd, method="composite", combine="mean")
     if not hook_first:
         add_hook_to_module(sd.unet, hook)
     assert relative(call(sd, 2), want) < EXACT
@@ -405,8 +405,8 @@ def test_offload_hook_and_restore_in_each_order(sd, hook_first, restore_first):
     # what diffusers does after each call of an offloaded pipeline: all hooks off and on again
     remove_hook_from_module(sd.unet, recurse=True)
     add_hook_to_module(sd.unet, hook)
-    cmlora.accelerate(sd, method="composite", cache_interval=1)
-    cmlora.accelerate(sd, method="composite")
+    cmlora.accelerate(sd, method="composite", combine="mean", cache_interval=1)
+    cmlora.accelerate(sd, method="composite", combine="mean")
     assert relative(call(sd, 2), want) < EXACT
     assert hook.calls == 4
     if restore_first:
@@ -443,7 +443,7 @@ def test_model_offload_of_the_pipeline(sd, offload_first, monkeypatch):
     plain, want = call(sd, 2), loop(sd, lambda p: call(p, 2))
     if offload_first:
         sd.enable_model_cpu_offload(device="cpu")
-    cmlora.accelerate(sd, method="composite")
+    cmlora.accelerate(sd, method="composite", combine="mean")
     if not offload_first:
         sd.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
@@ -453,9 +453,9 @@ def test_model_offload_of_the_pipeline(sd, offload_first, monkeypatch):
 
 
 def test_autocast_is_refused_by_name(sd):
-    cmlora.accelerate(sd, method="composite")
+    cmlora.accelerate(sd, method="composite", combine="mean")
     with torch.autocast("cpu"), pytest.raises(cmlora.RunError, match="torch_dtype"):
         call(sd, 1)
     want = loop(cmlora.restore(sd), lambda p: call(p, 2))
-    cmlora.accelerate(sd, method="composite")
+    cmlora.accelerate(sd, method="composite", combine="mean")
     assert relative(call(sd, 2), want) < EXACT
