@@ -255,7 +255,7 @@ def test_guidance_cut_off_in_mid_run(sd, dominance, interval):
     settings = {"method": "composite"}
     if dominance:
         settings = {"partition": "offline", "offline_boundary": 1.0, "dominant_decay": 0.0}
-    with cmlora.accelerated(sd, cache_interval=interval, **settings):
+    with cmlora.accelerated(sd, combine="mean", cache_interval=interval, **settings):
         assert relative(call(sd, 5, given=given, **hook), want) < EXACT
         assert len(cmlora.summary(sd).steps) == 5
 
