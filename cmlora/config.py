@@ -38,6 +38,8 @@ class CMLoRAConfig:
         cache_branch: (layer, block) of the skip connection where the deep part begins, as in DeepCache; None: the
             input of the last up block.
         max_cache_age: no cached feature is older than so many steps; None: no bound.
+        cache_follow: with combine="deviation" the base model is refreshed more often than an adapter; in between, the
+            adapter's cached feature moves as the base model's does: h_i + h_base(now) - h_base(then). False: it stays.
         switch_step: steps between two adapters of `switch`.
         combine: "mean": mean_i w_i eps_i. "deviation": eps_base + sum_i w_i (eps_i - eps_base) with weights of mean
             one; one more row runs the base model (compositional guidance, Liu et al. 2022).
@@ -65,6 +67,7 @@ class CMLoRAConfig:
     cache_interval: int | CacheSchedule = 2
     cache_branch: tuple[int, int] | None = None
     max_cache_age: int | None = None
+    cache_follow: bool = True
     switch_step: int = 5
     combine: Combine = "deviation"
     dominant_weight: float | None = None
@@ -100,6 +103,8 @@ class CMLoRAConfig:
         _integer("quadratic_interval", self.quadratic_interval, 1)
         if self.max_cache_age is not None:
             _integer("max_cache_age", self.max_cache_age, 1, "None")
+        if not isinstance(self.cache_follow, bool):
+            raise ConfigError(f"cache_follow must be True or False, got {self.cache_follow!r}")
         object.__setattr__(self, "cache_branch", _branch(self.cache_branch))
         if self.dominant_weight is not None:
             _number("dominant_weight", self.dominant_weight, 0, None, "None")

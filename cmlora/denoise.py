@@ -19,7 +19,7 @@ from cmlora.conditions import Conditions, Inputs
 from cmlora.config import CMLoRAConfig
 from cmlora.errors import AdapterError, RunError
 from cmlora.layers import RowSlots, install, problems, stack_projections, uninstall
-from cmlora.plan import Step, make_plan, order_adapters
+from cmlora.plan import BASE, Step, make_plan, order_adapters
 from cmlora.rows import Rows
 from cmlora.unet import BatchedUNet, check_supported
 from cmlora_kernels import combine_noise, dominant_from_latents, high_frequency_share
@@ -295,7 +295,8 @@ class Denoiser:
         self._check_halves(run, inputs.sample)
         timesteps = run.timesteps[run.first : run.first + len(run.plan)]
         run.conditions = self.batched.prepare(inputs, everyone, run.conditions, timesteps)
-        noise, cache = self.batched.run(inputs, everyone, deep, run.cache, run.conditions, index)
+        follow = self.config.cache_follow and BASE in step.slots and len(step.slots) - 1 in step.refresh
+        noise, cache = self.batched.run(inputs, everyone, deep, run.cache, run.conditions, index, follow)
         run.cache = cache
         held = run.dominant if step.gated else step.early
         halves = 2 if getattr(self._pipe(), "do_classifier_free_guidance", False) and run.images % 2 == 0 else 1

@@ -93,6 +93,7 @@ class BatchedUNet:
         cache: Tensor | None,
         conditions: Conditions,
         step: int,
+        follow: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """One step.
 
@@ -103,6 +104,7 @@ class BatchedUNet:
             cache: [rows, ...] cached features, refreshed in place; None in a run's first step.
             conditions: of `prepare`.
             step: position in the run.
+            follow: move what is not refreshed as the base model's feature moves, which is the last prediction's.
 
         Returns:
             Noise predictions [rows, channels, height, width], and the cache.
@@ -121,6 +123,8 @@ class BatchedUNet:
                 if deep.index is None or cache is None:
                     cache = feature
                 else:
+                    if follow:
+                        _follow_base(cache, feature[-everyone.own :])
                     scatter_rows(cache, feature, deep.index, backend=self.backend)
                 self.row_slots.by_count = everyone.by_count
             assert cache is not None  # the first step of a run is full
@@ -313,6 +317,12 @@ class Pass:
         if residuals is None:
             return skips
         return [self._add_own(skip, residual) for skip, residual in zip(skips, residuals, strict=False)]
+
+
+def _follow_base(cache: Tensor, base: Tensor) -> None:
+    """Move all cached features [predictions * own rows, ...] as the base model's, the last, moves to `base`."""
+    own = base.shape[0]
+    cache.view(-1, own, *base.shape[1:]).add_(base - cache[-own:])
 
 
 def _freeu(block: Any) -> bool:

@@ -187,12 +187,13 @@ class Sequential:
         interval: steps between refreshes; the dominant adapter is refreshed, in turn.
         dominance: weight of the dominant adapter before normalisation; None: a plain mean, all refreshed together.
         deviation: add the adapters' differences from the base model instead of taking their mean.
+        follow: whenever the base model's feature is refreshed, all cached features move by its difference.
     """
 
-    def __init__(self, unet, names, weights=None, interval=1, dominance=None, deviation=False):
+    def __init__(self, unet, names, weights=None, interval=1, dominance=None, deviation=False, follow=False):
         self.unet, self.names, self.interval = unet, list(names), interval
         self.weights = list(weights or [1.0] * len(names))
-        self.dominance, self.deviation = dominance, deviation
+        self.dominance, self.deviation, self.follow = dominance, deviation, follow
         self.calls, self.turn, self.dominant = 0, -1, None
         self.features: dict[str | None, torch.Tensor] = {}
         self.full_passes: list[list[str | None]] = []
@@ -208,13 +209,17 @@ class Sequential:
         if refreshing:
             self.turn += 1
             self.dominant = self.names[self.turn % len(self.names)]
-        who = [*self.names, None] if self.deviation else self.names
+        who = [None, *self.names] if self.deviation else self.names
         self.full_passes.append([])
         seen = {}
         for name in who:
             stale = refreshing and (self.dominance is None or name in (self.dominant, None))
             full = self.calls == 0 or self.interval == 1 or stale
+            before = self.features.get(name)
             seen[name] = self._pass(name, full, args, kwargs)
+            if name is None and full and before is not None and self.follow:
+                moved = self.features[None] - before
+                self.features |= {adapter: self.features[adapter] + moved for adapter in self.names}
         self.predictions.append(seen)
         self.calls += 1
         return (self._combine(seen),)

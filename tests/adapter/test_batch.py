@@ -44,14 +44,16 @@ def test_cmlora_with_cache_equals_the_loop(count):
 
 
 @pytest.mark.parametrize("interval", [1, 2])
-@pytest.mark.parametrize("combine", ["mean", "deviation"])
+@pytest.mark.parametrize(("combine", "follow"), [("mean", False), ("deviation", False), ("deviation", True)])
 @pytest.mark.parametrize("method", ["composite", "cmlora"])
-def test_every_combination_equals_the_loop(method, combine, interval):
+def test_every_combination_equals_the_loop(method, combine, follow, interval):
     dominance = 2.5 if method == "cmlora" else None
-    want, _ = peer(3, None, interval=interval, dominance=dominance, deviation=combine == "deviation")
+    how = {"interval": interval, "dominance": dominance, "deviation": combine == "deviation", "follow": follow}
+    want, _ = peer(3, None, **how)
     pipe, names = pipe_with(3)
     pipe.set_adapters(names)
-    cmlora.accelerate(pipe, method=method, combine=combine, cache_interval=interval, **STAGE)
+    config = {"method": method, "combine": combine, "cache_follow": follow, "cache_interval": interval}
+    cmlora.accelerate(pipe, **config, **STAGE)
     assert relative(call(pipe, 5), want) < 1e-5
 
 

@@ -50,7 +50,7 @@ def test_trained_loras_compose_as_a_loop_with_peft_does(pipe, method: str, combi
     config = {"partition": "offline", "offline_boundary": 1.0, "dominant_decay": 0, "cache_interval": 2}
     with cmlora.accelerated(pipe, method=method, combine=combine, high=NAMES, **config):
         got = run(pipe)
-    peer = Sequential(pipe.unet, NAMES, interval=2, dominance=dominance, deviation=combine == "deviation")
+    peer = Sequential(pipe.unet, NAMES, interval=2, dominance=dominance, deviation=combine == "deviation", follow=True)
     want = run(pipe)
     peer.close()
     pipe.set_adapters(list(NAMES))
