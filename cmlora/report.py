@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from cmlora.quality import Picture, picture_name
+from cmlora.sprites.measure import sheet
 
 RESAMPLES = 2000
 
@@ -117,15 +119,17 @@ def _interval(values: tuple[float, float, float]) -> str:
     return f"{mean:.2f} ({low:.2f}-{high:.2f})"
 
 
-def look(pictures: Sequence[Picture], out: Path, count: int = 32) -> Path:
-    """A sheet of random pictures, each with its prompt and the concepts that the detector found, to check."""
-    from PIL import Image
+def look(pictures: Sequence[Picture], out: Path, count: int = 32) -> Path | None:
+    """A sheet of random pictures, each with its prompt and the concepts that the detector found, to check.
 
-    from cmlora.sprites.measure import sheet
-
+    Returns the sheet's path; None where the pictures themselves are no longer in `out`.
+    """
     order = np.random.default_rng(0).permutation(len(pictures))[:count]
     chosen = [pictures[i] for i in order]
-    pixels = np.stack([np.asarray(Image.open(out / "pictures" / picture_name(p))) for p in chosen])
+    files = [out / "pictures" / picture_name(p) for p in chosen]
+    if not all(file.exists() for file in files):
+        return None
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files])
     captions = [f"{p.setting}, {p.prompt}" for p in chosen]
     found = [{name for name, sure in p.concepts.items() if sure > 0.5} for p in chosen]
     sheet(pixels, captions, found, out / "look.png")
