@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from cmlora.layers import RowSlots, StackedProjection, carries_adapter, unhooked
-from cmlora.rows import Rows, Shared, whole
+from cmlora.rows import Rows, Shared, pick, whole
 
 
 @dataclass
@@ -151,8 +151,7 @@ class Conditions:
             ]
             self._keys_values[key] = torch.stack(heads, 1)
             self.row_slots.by_count = before
-        whole_batch = self._keys_values[key]
-        return whole_batch if rows.index is None else whole_batch.index_select(0, rows.index)
+        return pick(self._keys_values[key], rows.index)
 
     @property
     def bytes(self) -> int:

@@ -50,6 +50,8 @@ class CMLoRAConfig:
         late_stage: the late stage rotates over "shift": all but the first high adapter; "low": the low ones.
         quadratic_interval, quadratic_center, quadratic_power: mean interval, center (share of the steps) and exponent
             of the "quadratic" schedule (DeepCache, arXiv 2312.00858).
+        max_rows: at most so many rows (predictions x guidance halves x images) run at once; None: all. Rows go in whole
+            predictions; fewer than the pipeline's own batch has are an error of the call.
         backend: "auto": Triton on CUDA and ROCm, torch elsewhere; "torch" or "triton" force one.
 
     Raises:
@@ -77,6 +79,7 @@ class CMLoRAConfig:
     quadratic_interval: int = 3
     quadratic_center: float = 0.3
     quadratic_power: float = 1.4
+    max_rows: int | None = None
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
@@ -99,6 +102,8 @@ class CMLoRAConfig:
         _integer("quadratic_interval", self.quadratic_interval, 1)
         if self.max_cache_age is not None:
             _integer("max_cache_age", self.max_cache_age, 1, "None")
+        if self.max_rows is not None:
+            _integer("max_rows", self.max_rows, 1, "None")
         object.__setattr__(self, "cache_branch", _branch(self.cache_branch))
         if self.dominant_weight is not None:
             _number("dominant_weight", self.dominant_weight, 0, None, "None")

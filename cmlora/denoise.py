@@ -231,12 +231,23 @@ class Denoiser:
         if getattr(pipe, "_denoising_end", None) is not None:  # SDXL's base leaves the last steps to a refiner
             steps = min(steps, getattr(pipe, "_num_timesteps", steps))
         plan = make_plan(self.config, self.bank.names, steps)
+        self._at_once(sample.shape[0])
         run = Run(plan, timesteps, offset, self._halves(sample), sample.shape[0], sample.shape)
         for step in plan:  # what comes from the host is on the device before the first step
             self._rows(run, step, tuple(range(len(step.slots))), sample.device)
             if step.refresh:
                 self._rows(run, step, step.refresh, sample.device)
         return run
+
+    def _at_once(self, images: int) -> int | None:
+        """How many predictions of `images` rows run together."""
+        most = self.config.max_rows
+        if most is not None and most < images:
+            raise RunError(
+                f"max_rows must be at least the {images} rows (guidance halves x images) of the pipeline's own batch, "
+                f"which run together; got {most}"
+            )
+        return None if most is None else most // images
 
     def _halves(self, sample: Tensor) -> int:
         """2 where the pipeline doubles its latents for guidance; looked at once, before a run's first step."""
@@ -281,7 +292,10 @@ class Denoiser:
         self._check_halves(run, inputs.sample)
         timesteps = run.timesteps[run.first : run.first + len(run.plan)]
         run.conditions = self.batched.prepare(inputs, everyone, run.conditions, timesteps)
-        noise, cache = self.batched.run(inputs, everyone, deep, run.cache, run.conditions, index)
+        if full:
+            run.cache = None  # let go of before its successor is made
+        at_once = self._at_once(run.images)
+        noise, cache = self.batched.run(inputs, everyone, deep, run.cache, run.conditions, index, at_once)
         run.cache = cache
         held = run.dominant if step.gated else step.early
         halves = 2 if getattr(self._pipe(), "do_classifier_free_guidance", False) and run.images % 2 == 0 else 1
@@ -344,7 +358,7 @@ class Denoiser:
         slots = run.dominant
         index = slots * run.images + torch.arange(run.images, device=device)
         if known is not None:
-            assert known.index is not None
+            assert isinstance(known.index, Tensor)
             slots, index = torch.cat((slots, known.slots)), torch.cat((index, known.index))
         return Rows(slots, step.full_predictions, run.halves, run.images // run.halves, index)
 
