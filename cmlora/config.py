@@ -52,6 +52,9 @@ class CMLoRAConfig:
             of the "quadratic" schedule (DeepCache, arXiv 2312.00858).
         max_rows: at most so many rows (predictions x guidance halves x images) run at once; None: all. Rows go in whole
             predictions; fewer than the pipeline's own batch has are an error of the call.
+        memory_budget: bytes that adapters, caches and activations may take together, beside the pipeline's weights;
+            what fits is chosen when a run begins (csrc_docs/engine.md). None: as fast as can be.
+        cuda_graphs: steps are captured and replayed as CUDA graphs, one per kind of step; an error on other devices.
         backend: "auto": Triton on CUDA and ROCm, torch elsewhere; "torch" or "triton" force one.
 
     Raises:
@@ -80,6 +83,8 @@ class CMLoRAConfig:
     quadratic_center: float = 0.3
     quadratic_power: float = 1.4
     max_rows: int | None = None
+    memory_budget: int | None = None
+    cuda_graphs: bool = False
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
@@ -102,8 +107,12 @@ class CMLoRAConfig:
         _integer("quadratic_interval", self.quadratic_interval, 1)
         if self.max_cache_age is not None:
             _integer("max_cache_age", self.max_cache_age, 1, "None")
+        if not isinstance(self.cuda_graphs, bool):
+            raise ConfigError(f"cuda_graphs must be True or False, got {self.cuda_graphs!r}")
         if self.max_rows is not None:
             _integer("max_rows", self.max_rows, 1, "None")
+        if self.memory_budget is not None:
+            _integer("memory_budget", self.memory_budget, 1, "None")
         object.__setattr__(self, "cache_branch", _branch(self.cache_branch))
         if self.dominant_weight is not None:
             _number("dominant_weight", self.dominant_weight, 0, None, "None")

@@ -17,7 +17,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils.torch_utils import apply_freeu
 from torch import Tensor, nn
 
-from cmlora.conditions import Conditions, Inputs
+from cmlora.conditions import Conditions, Inputs, map_tensors
 from cmlora.errors import ConfigError, UnsupportedModelError
 from cmlora.layers import RowSlots, StackedProjection
 from cmlora.rows import Rows, Shared, add, concat, lift, pick, whole
@@ -71,6 +71,7 @@ class BatchedUNet:
         self.row_slots = row_slots
         self.backend = backend
         self.stacked: dict[nn.Module, StackedProjection] = {}
+        self.keep_prompt = True
         down, up = down_units(unet), up_units(unet)
         cut = _cut(unet, branch)
         self.shallow_down, self.deep_down = down[:cut], down[cut:]
@@ -82,7 +83,7 @@ class BatchedUNet:
             return conditions
         try:
             self.row_slots.by_count = everyone.by_count
-            return Conditions(self.unet, inputs, timesteps, self.row_slots, self.stacked)
+            return Conditions(self.unet, inputs, timesteps, self.row_slots, self.stacked, self.keep_prompt)
         finally:
             self.row_slots.by_count = None
 
@@ -270,7 +271,7 @@ class Pass:
         return x if attention is None else self._attention(attention, x)
 
     def _resnet(self, module: Any, x: Shared) -> Shared:
-        if self.conditions.has_time_bias(module):
+        if self.conditions.has_time(module):
             return plain_resnet(module, x, self.conditions, self.step, self.rows)
         return Shared(module(whole(x, self.rows), self._embedding), True, True)
 
@@ -298,8 +299,8 @@ class Pass:
     @functools.cached_property
     def _embedding(self) -> Tensor:
         """[rows, width] embedding of the step, for resnets that are called as they are."""
-        if self.conditions.table is not None:
-            return whole(Shared(self._own(self.conditions.table[self.step]), False, True), self.rows)
+        if self.conditions.times is not None:
+            return whole(Shared(self._own(self.conditions.time(None, self.step)), False, True), self.rows)
         unet, inputs, spread = self.unet, self.inputs, self._spread
         sample = self.rows.slots.new_empty(self.rows.slots.shape[0], dtype=inputs.sample.dtype)
         timestep = spread(inputs.timestep) if inputs.timestep.numel() == self.rows.own else inputs.timestep
@@ -321,13 +322,7 @@ class Pass:
 
     def _spread(self, value: Any) -> Any:
         """Repeat tensors [own rows, ...], alone or nested, over the predictions."""
-        if isinstance(value, Tensor):
-            return whole(Shared(value, False, True), self.rows)
-        if isinstance(value, dict):
-            return {k: self._spread(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(self._spread(v) for v in value)
-        return value
+        return map_tensors(value, lambda x: whole(Shared(x, False, True), self.rows))
 
     def _lifted(self, module: nn.Module, x: Shared) -> Shared:
         """`x` with a row per prediction if an adapter changes the module."""

@@ -1,10 +1,13 @@
 """Rows in parts give the same result, and memory is what it was predicted to be."""
 
+import re
+
 import pytest
 import torch
 
 import cmlora
-from tests.models import EVERYTHING, add_lora, relative, sd_pipe, sd_unet
+from cmlora.budget import Strategy, choose, strategies
+from tests.models import ATTENTION, EVERYTHING, SMALL, noises, relative, three_adapters
 
 CHOICES = (
     {"method": "no_lora"},
@@ -16,40 +19,6 @@ CHOICES = (
     {"method": "cmlora", "partition": "async", "max_cache_age": 2},
     {"method": "cmlora", "partition": "online", "cache_interval": 1},
 )
-
-
-SMALL = {
-    "layers_per_block": 1,
-    "block_out_channels": (16, 32),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
-
-
-def three_adapters(pattern=EVERYTHING, **unet):
-    pipe = sd_pipe(sd_unet(**unet))
-    names = ["character", "style", "background"]
-    for i, name in enumerate(names):
-        add_lora(pipe.unet, name, rank=2 + i, pattern=pattern, seed=i + 1)
-    pipe.set_adapters(names)
-    return pipe
-
-
-def noises(pipe, steps=3, images=2, guidance=7.5, size=8, controlled=False):
-    """The UNet's answers to latents of our own, so that rounding is not amplified from step to step."""
-    generator = torch.Generator().manual_seed(0)
-    halves = 2 if guidance > 1 else 1
-    context = torch.randn(halves * images, 77, pipe.unet.config.cross_attention_dim, generator=generator)
-    pipe._guidance_scale = guidance
-    pipe.scheduler.set_timesteps(steps)
-    shapes = [(16, 8), (16, 8), (16, 4), (32, 4), (32, 4)]  # SMALL's skip connections and middle
-    *down, middle = [torch.randn(halves * images, c, s, s, generator=generator) for c, s in shapes]
-    residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-    found = []
-    for t in pipe.scheduler.timesteps:
-        sample = torch.cat([torch.randn(images, 4, size, size, generator=generator)] * halves)
-        found.append(pipe.unet(sample, t, context, **(residuals if controlled else {})).sample)
-    return found
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda c: "-".join(map(str, c.values())))
@@ -75,3 +44,90 @@ def test_fewer_rows_than_the_pipelines_own_batch_are_refused():
     cmlora.accelerate(pipe, max_rows=3)
     with pytest.raises(cmlora.RunError, match="max_rows must be at least the 4 rows"):
         noises(pipe, images=2)
+
+
+def measured_peak(pipe, **how):
+    """Bytes that were alive together in a run, as torch's profiler saw the allocator, and the adapters'."""
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        noises(pipe, **how)
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak + cmlora.summary(pipe).adapter_bytes
+
+
+SD15 = {  # half its width
+    "block_out_channels": (160, 320, 640, 640),
+    "norm_num_groups": 32,
+    "cross_attention_dim": 384,
+    "attention_head_dim": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("unet", "pattern", "how", "choice"),
+    [
+        ({}, EVERYTHING, {"size": 16}, {}),
+        (SMALL, ATTENTION, {"size": 24, "images": 2}, {"max_rows": 5}),
+        (SMALL, ATTENTION, {"size": 16}, {"method": "switch", "switch_step": 1}),
+        (SMALL, ATTENTION, {"size": 16}, {"method": "composite", "combine": "deviation", "cache_interval": 1}),
+        (SD15, ATTENTION, {"size": 16}, {}),
+    ],
+    ids=["convolutions", "parts", "switch", "no cache", "SD1.5"],
+)
+def test_the_peak_is_what_was_predicted(unet, pattern, how, choice):
+    pipe = three_adapters(pattern, **unet)
+    cmlora.accelerate(pipe, **choice)
+    how = {"images": 1, **how}
+    measured = measured_peak(pipe, **how)
+    assert cmlora.summary(pipe).peak_bytes == pytest.approx(measured, rel=0.1)
+
+
+def test_a_budget_is_kept_and_changes_no_prediction():
+    """From what an unbounded run takes down to the least that there is, which the error names."""
+    pipe = three_adapters(ATTENTION, **SMALL)
+    cmlora.accelerate(pipe)
+    want = noises(pipe, images=1, size=16)
+    most = cmlora.summary(pipe).peak_bytes
+    cmlora.accelerate(pipe, memory_budget=1)
+    with pytest.raises(cmlora.RunError, match="memory_budget must be at least") as refused:
+        noises(pipe, images=1, size=16)
+    least = int(re.search(r"at least (\d+) bytes", str(refused.value)).group(1))
+    assert least < 0.8 * most
+    spent = []
+    for budget in (most, most - 1, (least + most) // 2, least):
+        cmlora.accelerate(pipe, memory_budget=budget)
+        found = noises(pipe, images=1, size=16)
+        assert measured_peak(pipe, images=1, size=16) <= 1.1 * budget
+        assert max(relative(x, y) for x, y in zip(found, want, strict=True)) < 1e-6
+        summary = cmlora.summary(pipe)
+        assert summary.peak_bytes <= budget
+        spent.append(summary.strategy)
+    assert spent[0] == Strategy(3)
+    assert spent[1] == Strategy(3, stack=False)
+    assert spent[3] == Strategy(1, stack=False, keep_prompt=False)
+
+
+def test_what_a_budget_gives_up_in_which_order():
+    candidates = strategies(5, None)
+    assert [(s.at_once, s.stack, s.keep_prompt) for s in candidates] == [
+        (5, True, True),
+        (5, False, True),
+        (5, False, False),
+        (3, False, False),
+        (2, False, False),
+        (1, False, False),
+    ]
+    assert [s.at_once for s in strategies(8, 4)] == [4, 4, 4, 3, 2, 1]
+    assert strategies(1, None) == [Strategy(1), Strategy(1, stack=False), Strategy(1, stack=False, keep_prompt=False)]
+
+    def peak(strategy):
+        return 100 + 10 * strategy.at_once + 30 * strategy.stack + 5 * strategy.keep_prompt
+
+    assert choose(candidates, peak, 185) == Strategy(5)
+    assert choose(candidates, peak, 184) == Strategy(5, stack=False)
+    assert choose(candidates, peak, 129) == Strategy(2, stack=False, keep_prompt=False)
+    with pytest.raises(cmlora.RunError, match=r"at least 110 bytes .* got 109"):
+        choose(candidates, peak, 109)
