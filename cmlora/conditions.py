@@ -6,8 +6,10 @@ compared at every step by the identity and version of their tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from cmlora.layers import RowSlots, StackedProjection, carrying, unhooked
-from cmlora.rows import Rows, Shared, whole
+from cmlora.rows import Rows, Shared, pick, whole
 
 
 @dataclass
@@ -54,13 +56,44 @@ class Inputs:
             self.timestep_cond,
             self.attention_mask,
             self.encoder_attention_mask,
-            *(value for _, value in sorted((self.added_cond_kwargs or {}).items())),
+            self.added_cond_kwargs,
         )
         return list(_tensors(given))
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in a fixed order."""
+        return list(_tensors(getattr(self, f.name) for f in fields(self)))
+
+    def signature(self) -> tuple[object, ...]:
+        """Equal where all tensors are alike in shape, dtype and device."""
+        given = ((f.name, _tensors([getattr(self, f.name)])) for f in fields(self))
+        return tuple((name, tuple((t.shape, t.stride(), t.dtype, t.device) for t in found)) for name, found in given)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same with every tensor changed."""
+        return Inputs(**{f.name: map_tensors(getattr(self, f.name), change) for f in fields(self)})
 
     def bias(self, mask: Tensor | None) -> Tensor | None:
         """A mask (1 = keep) as UNet2DConditionModel makes a bias of it."""
         return None if mask is None else ((1 - mask.to(self.sample.dtype)) * -10000.0).unsqueeze(1)
+
+
+class Held:
+    """The tensors that stay the same over a run, held so that no others take their identity."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.tensors = inputs.conditions()
+        self.versions = [t._version for t in self.tensors]
+        self.kwargs = inputs.cross_attention_kwargs
+
+    def still(self, inputs: Inputs) -> bool:
+        """Whether they are those of `inputs`, unchanged."""
+        given = inputs.conditions()
+        return (
+            inputs.cross_attention_kwargs == self.kwargs
+            and len(given) == len(self.tensors)
+            and all(a is b and a._version == v for a, b, v in zip(given, self.tensors, self.versions, strict=True))
+        )
 
 
 class Conditions:
@@ -72,6 +105,7 @@ class Conditions:
         timesteps: [steps] of the whole run.
         row_slots: where the LoRA layers read their slots.
         stacked: q, k, v stacked, per attention.
+        keep_prompt: whether the prompt's keys and values are kept, or made anew at every use.
     """
 
     def __init__(
@@ -81,10 +115,11 @@ class Conditions:
         timesteps: Tensor,
         row_slots: RowSlots,
         stacked: dict[nn.Module, StackedProjection],
+        keep_prompt: bool,
     ) -> None:
+        self.keep_prompt = keep_prompt
         self.unet = unet
-        self.held = inputs.conditions()  # held, so that no other tensor takes their identity
-        self.versions = [t._version for t in self.held]
+        self.held = Held(inputs)
         self.kwargs = inputs.cross_attention_kwargs
         self.row_slots = row_slots
         self.stacked = stacked
@@ -94,18 +129,47 @@ class Conditions:
         self.plain = {m for m in unet.modules() if plain and _plain_transformer(m)}
         self.plain |= {m for m in unet.modules() if _plain_resnet(m)}
         self.plain |= {unet.mid_block} if unet.mid_block is not None and unhooked(unet.mid_block) else set()
-        self._keys_values: dict[tuple[nn.Module, tuple[int, ...]], Tensor] = {}
-        self._time: dict[nn.Module, Tensor] = {}
-        self.table = self._time_table(inputs, timesteps)
+        self._keys_values: dict[tuple[nn.Module, tuple[int, ...]], tuple[Tensor, Rows]] = {}
+        self._columns: dict[nn.Module | None, slice] = {}
+        self.times = self._times(inputs, timesteps)
 
     def hold(self, inputs: Inputs) -> bool:
         """Whether they are still those of `inputs`."""
-        given = inputs.conditions()
-        return (
-            inputs.cross_attention_kwargs == self.kwargs
-            and len(given) == len(self.held)
-            and all(a is b and a._version == v for a, b, v in zip(given, self.held, self.versions, strict=True))
-        )
+        return self.held.still(inputs)
+
+    def renew(self, inputs: Inputs, everyone: Rows, timesteps: Tensor) -> None:
+        """Take over the conditions of another run; keys and values stay where they are in memory.
+
+        Args:
+            inputs: the tensors that these were made of, with other values.
+            everyone: all rows of a step.
+            timesteps: [steps] of the whole run.
+        """
+        self.row_slots.by_count = everyone.by_count
+        self.times = self._times(inputs, timesteps)
+        for (attention, _), (kept, rows) in self._keys_values.items():
+            self.row_slots.by_count = rows.by_count
+            kept.copy_(self._project(attention, rows))
+        self.row_slots.by_count = None
+
+    def one_step(self) -> Conditions:
+        """The same with room for the time embedding of one step, as step 0."""
+        one = copy.copy(self)
+        one.times = None if self.times is None else torch.empty_like(self.times[:1])
+        return one
+
+    def _times(self, inputs: Inputs, timesteps: Tensor) -> Tensor | None:
+        """[steps, 1 or own rows, columns]: the embeddings of all steps, and every plain resnet's share of them."""
+        table = self._time_table(inputs, timesteps)
+        if table is None:
+            return None
+        parts: dict[nn.Module | None, Tensor] = {None: table}
+        for module in self.unet.modules():
+            if module in self.plain and isinstance(module, ResnetBlock2D) and module.time_emb_proj not in self.carrying:
+                parts[module] = module.time_emb_proj(table if module.skip_time_act else module.nonlinearity(table))
+        ends = itertools.accumulate(part.shape[2] for part in parts.values())
+        self._columns = {m: slice(end - part.shape[2], end) for (m, part), end in zip(parts.items(), ends, strict=True)}
+        return torch.cat(list(parts.values()), 2)
 
     def _time_table(self, inputs: Inputs, timesteps: Tensor) -> Tensor | None:
         """[steps, 1 or own rows, width] embeddings of all steps; None where they must be computed step by step."""
@@ -127,43 +191,59 @@ class Conditions:
         table: Tensor = emb if unet.time_embed_act is None else unet.time_embed_act(emb)
         return table
 
-    def time_bias(self, resnet: Any, step: int) -> Tensor | None:
-        """[1 or own rows, channels] of one step, added behind a resnet's first convolution."""
-        if resnet not in self._time:
-            assert self.table is not None
-            emb = self.table if resnet.skip_time_act else resnet.nonlinearity(self.table)
-            self._time[resnet] = resnet.time_emb_proj(emb)
-        return self._time[resnet][step]
+    def time(self, resnet: Any, step: int) -> Tensor:
+        """[1 or own rows, channels] of one step, added behind a resnet's first convolution; None: the embedding."""
+        assert self.times is not None
+        return self.times[step][:, self._columns[resnet]]
 
-    def has_time_bias(self, resnet: Any) -> bool:
+    def has_time(self, resnet: Any) -> bool:
         """Whether the resnet's share of the time embedding comes from the table."""
-        return self.table is not None and resnet in self.plain and resnet.time_emb_proj not in self.carrying
+        return resnet in self._columns
 
     def keys_values(self, attention: Any, rows: Rows, everyone: Rows) -> Tensor:
-        """[rows, 2, heads, tokens, width] of the prompt, computed for all rows at their first use."""
+        """[rows, 2, heads, tokens, width] of the prompt; where they are kept, made for all rows at their first use."""
+        if not self.keep_prompt:
+            return self._project(attention, rows)
         key = (attention, everyone.known)
         if key not in self._keys_values:
             before, self.row_slots.by_count = self.row_slots.by_count, everyone.by_count
-            context = whole(Shared(self.held[0], False, True), everyone)
-            heads = [
-                layer(context).unflatten(2, (attention.heads, -1)).transpose(1, 2)
-                for layer in (attention.to_k, attention.to_v)
-            ]
-            self._keys_values[key] = torch.stack(heads, 1)
+            self._keys_values[key] = self._project(attention, everyone), everyone
             self.row_slots.by_count = before
-        whole_batch = self._keys_values[key]
-        return whole_batch if rows.index is None else whole_batch.index_select(0, rows.index)
+        return pick(self._keys_values[key][0], rows.index)
+
+    def _project(self, attention: Any, rows: Rows) -> Tensor:
+        context = whole(Shared(self.held.tensors[0], False, True), rows)
+        heads = [
+            layer(context).unflatten(2, (attention.heads, -1)).transpose(1, 2)
+            for layer in (attention.to_k, attention.to_v)
+        ]
+        return torch.stack(heads, 1)
 
     @property
     def bytes(self) -> int:
         """Memory of what is kept for the run."""
-        return sum(t.numel() * t.element_size() for t in (*self._keys_values.values(), *self._time.values()))
+        return sum(kept.nbytes for kept, _ in self._keys_values.values()) + (
+            0 if self.times is None else self.times.nbytes
+        )
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every tensor in it, alone or nested, changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {k: map_tensors(v, change) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(v, change) for v in value)
+    return value
 
 
 def _tensors(values: Any) -> Any:
     for value in values:
         if isinstance(value, Tensor):
             yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value for _, value in sorted(value.items()))
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
 

@@ -53,6 +53,11 @@ class CMLoRAConfig:
         late_stage: the late stage rotates over "shift": all but the first high adapter; "low": the low ones.
         quadratic_interval, quadratic_center, quadratic_power: mean interval, center (share of the steps) and exponent
             of the "quadratic" schedule (DeepCache, arXiv 2312.00858).
+        max_rows: at most so many rows (predictions x guidance halves x images) run at once; None: all. Rows go in whole
+            predictions; fewer than the pipeline's own batch has are an error of the call.
+        memory_budget: bytes that adapters, caches and activations may take together, beside the pipeline's weights;
+            what fits is chosen when a run begins (csrc_docs/engine.md). None: as fast as can be.
+        cuda_graphs: steps are captured and replayed as CUDA graphs, one per kind of step; an error on other devices.
         backend: "auto": Triton on CUDA and ROCm, torch elsewhere; "torch" or "triton" force one.
 
     Raises:
@@ -81,6 +86,9 @@ class CMLoRAConfig:
     quadratic_interval: int = 3
     quadratic_center: float = 0.3
     quadratic_power: float = 1.4
+    max_rows: int | None = None
+    memory_budget: int | None = None
+    cuda_graphs: bool = False
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
@@ -105,6 +113,12 @@ class CMLoRAConfig:
             _integer("max_cache_age", self.max_cache_age, 1, "None")
         if not isinstance(self.cache_follow, bool):
             raise ConfigError(f"cache_follow must be True or False, got {self.cache_follow!r}")
+        if not isinstance(self.cuda_graphs, bool):
+            raise ConfigError(f"cuda_graphs must be True or False, got {self.cuda_graphs!r}")
+        if self.max_rows is not None:
+            _integer("max_rows", self.max_rows, 1, "None")
+        if self.memory_budget is not None:
+            _integer("memory_budget", self.memory_budget, 1, "None")
         object.__setattr__(self, "cache_branch", _branch(self.cache_branch))
         if self.dominant_weight is not None:
             _number("dominant_weight", self.dominant_weight, 0, None, "None")

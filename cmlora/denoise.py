@@ -15,16 +15,18 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
 from cmlora.adapters import AdapterBank, build_bank, choose_adapters, fill_bank, fingerprint, lora_layers
+from cmlora.budget import Strategy, choose, strategies
 from cmlora.conditions import Conditions, Inputs
 from cmlora.config import CMLoRAConfig
 from cmlora.errors import AdapterError, RunError
+from cmlora.footprint import RunShape, peak_of_run, predictable
+from cmlora.graphs import Capture, Captured, capture_cuda
 from cmlora.layers import RowSlots, install, problems, stack_projections, uninstall
 from cmlora.plan import BASE, Step, make_plan, order_adapters
 from cmlora.rows import Rows
 from cmlora.unet import BatchedUNet, check_supported
-from cmlora_kernels import combine_noise, dominant_from_latents, high_frequency_share
+from cmlora_kernels import combine_noise, dominant_from_latents, high_frequency_share, tiles
 from cmlora_kernels.launch import arch_of
-from cmlora_kernels.tiles import choose
 
 # Pipelines that pass torch.cat([latents] * 2) to the UNet under guidance.
 DOUBLING = (
@@ -52,6 +54,9 @@ class Run:
     images: int  # rows of the pipeline's own batch: guidance halves x images
     shape: torch.Size
     position: int = -1  # of the last call
+    strategy: Strategy | None = None
+    footprint: RunShape | None = None
+    capturable: tuple[object, ...] | None = None  # what its captured steps rest on; () where it has none
     cache: Tensor | None = None
     conditions: Conditions | None = None
     rows: dict[tuple[int, ...], Rows] = field(default_factory=dict)
@@ -90,6 +95,11 @@ class Denoiser:
         self.profiled = profiled
         self.row_slots = RowSlots()
         self.batched = BatchedUNet(self.unet, config.cache_branch, self.row_slots, config.backend)
+        self._peaks: dict[object, int] = {}
+        self.capture: Capture = capture_cuda
+        self._captured: Captured | None = None
+        self._captured_key: object = None
+        self.is_open = False
         self.run: Run | None = None
         self.last_run: Run | None = None
         self.bank, self._bank_key, self._scale = self._build(), self._key(), 1.0
@@ -108,20 +118,33 @@ class Denoiser:
 
     def open(self) -> None:
         """Put the batched forward on the LoRA layers."""
-        self.run = None
+        self.run, self.is_open = None, True
         install(self.bank, self.row_slots, self.config.backend)
-        self.batched.stacked = stack_projections(self.unet, self.row_slots, self.config.backend)
+        self._stack(self.config.memory_budget is None)  # with a budget, a run's strategy says
 
     def close(self) -> None:
         """Give the LoRA layers their own forward back."""
+        self.is_open, self._captured = False, None
         uninstall(lora_layers(self.unet))
         self.batched.stacked = {}
+
+    def _stack(self, wanted: bool) -> None:
+        """Have the copies of q, k and v, or not."""
+        if not wanted:
+            self.batched.stacked = {}
+            self._captured = None
+        elif not self.batched.stacked:
+            self.batched.stacked = stack_projections(self.unet, self.row_slots, self.config.backend)
+            self._captured = None
+            for projection in self.batched.stacked.values():
+                projection.fill()
 
     def refresh_bank(self, scale: float) -> None:
         """Take over what PEFT's layers hold now; stack them anew if adapters, ranks or the device changed."""
         key = self._key()
         if self._bank_key != key:
             self.bank, self._bank_key = self._build(), key
+            self._peaks.clear()
             self.close()
             self.open()
         # always: PEFT's hot swap writes into a parameter in a way that leaves no trace
@@ -151,7 +174,7 @@ class Denoiser:
         ran = list(problems(self.unet, self.batched.stacked))
         if not triton:
             return {"definition": len(ran)} if ran else {}
-        return dict(collections.Counter(choose(problem, arch_of(device)).strategy for problem in ran))
+        return dict(collections.Counter(tiles.choose(problem, arch_of(device)).strategy for problem in ran))
 
     def _key(self) -> tuple[object, ...]:
         return (fingerprint(self.unet), self._device)
@@ -252,6 +275,40 @@ class Denoiser:
                 self._rows(run, step, step.refresh, sample.device)
         return run
 
+    def _strategy(self, run: Run, inputs: Inputs) -> Strategy:
+        """What a run that begins spends memory on."""
+        most, budget = self.config.max_rows, self.config.memory_budget
+        if most is not None and most < run.images:
+            raise RunError(
+                f"max_rows must be at least the {run.images} rows (guidance halves x images) of the pipeline's own "
+                f"batch, which run together; got {most}"
+            )
+        run.footprint = RunShape.of(inputs, run.plan, run.halves)
+        predictions = max(len(step.slots) for step in run.plan)
+        candidates = strategies(predictions, None if most is None else most // run.images)
+        if budget is None:
+            return candidates[0]
+        if not predictable(self.unet):
+            raise RunError("memory_budget needs a UNet without hooks and attention processors of one's own")
+        strategy = choose(candidates, lambda candidate: self._peak(run, candidate), budget)
+        self._stack(strategy.stack)
+        self.batched.keep_prompt = strategy.keep_prompt
+        return strategy
+
+    def predicted_peak(self) -> int | None:
+        """Bytes that the last run takes beside the pipeline's weights; None where that cannot be told."""
+        run = self.last_run
+        if run is None or run.strategy is None or not self.is_open or not predictable(self.unet):
+            return None
+        return self._peak(run, run.strategy)
+
+    def _peak(self, run: Run, strategy: Strategy) -> int:
+        assert run.footprint is not None
+        key = (run.footprint.key, strategy)
+        if key not in self._peaks:
+            self._peaks[key] = self.bank.bytes + peak_of_run(self.batched, run.footprint, strategy)
+        return self._peaks[key]
+
     def _halves(self, sample: Tensor) -> int:
         """2 where the pipeline doubles its latents for guidance; looked at once, before a run's first step."""
         pipe = self._pipe()
@@ -280,6 +337,7 @@ class Denoiser:
         run.weights = None if run.weights is None else run.weights[:, half:]
         run.images, run.shape, run.halves = half, sample.shape, 1
         run.rows.clear()
+        run.capturable = None
 
     def _step(self, run: Run, inputs: Inputs) -> Tensor:
         index = run.position - run.first
@@ -288,24 +346,63 @@ class Denoiser:
             run.plan = make_plan(self.config, self.bank.names, run.timesteps.shape[0] - run.first)
             run.conditions = None
         step = run.plan[index]
+        if run.strategy is None:
+            run.strategy = self._strategy(run, inputs)
         gate = self._choose(run, step, inputs.sample, index)
         everyone = self._rows(run, step, tuple(range(len(step.slots))), inputs.sample.device)
         full = step.full or run.cache is None
         deep = everyone if full else self._deep_rows(run, step, inputs.sample.device)
         self._check_halves(run, inputs.sample)
         timesteps = run.timesteps[run.first : run.first + len(run.plan)]
-        run.conditions = self.batched.prepare(inputs, everyone, run.conditions, timesteps)
+        weights = run.weights if len(step.slots) > 1 else None
+        # the base model is the last prediction
         follow = self.config.cache_follow and BASE in step.slots and len(step.slots) - 1 in step.refresh
-        noise, cache = self.batched.run(inputs, everyone, deep, run.cache, run.conditions, index, follow)
-        run.cache = cache
+        cache = None if full else run.cache
+        run.cache = None  # let go of before its successor is made
+        captured = self._captured_steps(run, inputs)
+        if captured is not None:
+            if not captured.holds(run.conditions, inputs):
+                run.conditions = captured.begin(inputs, everyone, timesteps)
+            noise, run.cache = captured.step(inputs, index, everyone, deep, cache, weights, follow)
+        else:
+            run.conditions = self.batched.prepare(inputs, everyone, run.conditions, timesteps)
+            at_once = run.strategy.at_once
+            noise, run.cache = self.batched.run(inputs, everyone, deep, cache, run.conditions, index, at_once, follow)
+            if weights is not None:
+                noise = combine_noise(noise, weights, backend=self.config.backend)
+        assert run.conditions is not None
         held = run.dominant if step.gated else step.early
         halves = 2 if getattr(self._pipe(), "do_classifier_free_guidance", False) and run.images % 2 == 0 else 1
-        size = cache.numel() * cache.element_size() + run.conditions.bytes
+        size = run.cache.nbytes + run.conditions.bytes
         run.record.append(Record(step, run.images, halves, full, held, gate, size))
-        if len(step.slots) == 1:
-            return noise
-        assert run.weights is not None
-        return combine_noise(noise, run.weights, backend=self.config.backend)
+        return noise
+
+    def _captured_steps(self, run: Run, inputs: Inputs) -> Captured | None:
+        """The captured steps that fit this one, new ones where anything that they rest on has changed; None: eager."""
+        if not self.config.cuda_graphs:
+            return None
+        if run.capturable is None:
+            run.capturable = self._capturable(run)
+        if not run.capturable or inputs.cross_attention_kwargs is not None:
+            return None
+        key = (run.capturable, inputs.signature())
+        if self._captured is None or self._captured_key != key:
+            assert run.strategy is not None
+            self._captured = Captured(self.batched, inputs, run.strategy.at_once, self.capture)
+            self._captured_key = key
+        return self._captured
+
+    def _capturable(self, run: Run) -> tuple[object, ...]:
+        """All that is baked into a captured step beside its inputs; () where it cannot be captured."""
+        unet = self.unet
+        if self.capture is capture_cuda and unet.device.type != "cuda":
+            raise RunError(f"cuda_graphs=True needs a pipeline on a CUDA device, got one on {unet.device}")
+        if not predictable(unet) or unet.encoder_hid_proj is not None:
+            return ()
+        freeu = tuple(getattr(block, name, None) for block in unet.up_blocks for name in ("s1", "s2", "b1", "b2"))
+        weights = tuple(p.data_ptr() for p in unet.parameters())
+        processors = tuple(map(id, unet.attn_processors.values()))
+        return (run.halves, run.strategy, freeu, processors, weights)
 
     def _choose(self, run: Run, step: Step, sample: Tensor, index: int) -> Tensor | None:
         """Weights per prediction and image, the dominant adapter where the device decides; returns the gate's m."""
@@ -359,7 +456,7 @@ class Denoiser:
         slots = run.dominant
         index = slots * run.images + torch.arange(run.images, device=device)
         if known is not None:
-            assert known.index is not None
+            assert isinstance(known.index, Tensor)
             slots, index = torch.cat((slots, known.slots)), torch.cat((index, known.index))
         return Rows(slots, step.full_predictions, run.halves, run.images // run.halves, index)
 

@@ -7,6 +7,7 @@ the module tree, its names and its `state_dict` never change.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -176,6 +177,17 @@ def problems(model: nn.Module, stacked: dict[nn.Module, StackedProjection]) -> I
             yield Problem(*seen, inner, outer, rank, parts, slots, bank.a.dtype, bias is not None)
 
 
+@contextmanager
+def unseen(model: nn.Module) -> Iterator[None]:
+    """What runs inside leaves no trace in `problems`."""
+    seen = {forward: forward.seen for forward in map(_forward_of, model.modules()) if forward is not None}
+    try:
+        yield
+    finally:
+        for forward, before in seen.items():
+            forward.seen = before
+
+
 def carrying(model: nn.Module) -> set[nn.Module]:
     """Every layer that an adapter of the batch changes, and all modules that it lies in."""
     modules = dict(model.named_modules())
@@ -196,6 +208,16 @@ def _forward_of(layer: nn.Module | None) -> _MultiLora | None:
 def unhooked(module: nn.Module) -> bool:
     """Whether calling a module is calling its class's forward: no hook of offload, layerwise casting or a user."""
     return "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def untouched(model: nn.Module) -> bool:
+    """Whether all modules in `model` are unhooked but for our own forwards."""
+    return all(
+        (_forward_of(module) is not None and not module._forward_hooks and not module._forward_pre_hooks)
+        or unhooked(module)
+        for module in model.modules()
+        if module is not model
+    )
 
 
 def _computes_plainly(base: nn.Module, kind: type[nn.Module]) -> bool:

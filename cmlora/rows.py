@@ -20,7 +20,7 @@ class Rows:
     Attributes:
         slots: [predictions * halves * images] adapter of every row; -1 is the base model.
         predictions, halves, images: what the rows are made of; halves is 1 where they are not known to start alike.
-        index: their places in the whole batch; None: all of it, in order.
+        index: their places in the whole batch, a slice where they are neighbours; None: all of it, in order.
         known: the slot of every prediction where the host knows it.
     """
 
@@ -28,7 +28,7 @@ class Rows:
     predictions: int
     halves: int
     images: int
-    index: Tensor | None = None
+    index: Tensor | slice | None = None
     known: tuple[int, ...] = ()
     by_count: dict[int, Tensor] = field(init=False)
 
@@ -41,6 +41,26 @@ class Rows:
     def own(self) -> int:
         """Rows of the pipeline's own batch."""
         return self.halves * self.images
+
+    def split(self, predictions: int | None) -> tuple[Rows, ...]:
+        """In parts of at most so many predictions; None: one part."""
+        if predictions is None or self.predictions <= predictions:
+            return (self,)
+        parts = []
+        for first in range(0, self.predictions, predictions):
+            last = min(first + predictions, self.predictions)
+            place = slice(first * self.own, last * self.own)
+            index = self.index[place] if isinstance(self.index, Tensor) else place
+            slots, known = self.slots[place], self.known[first:last]
+            parts.append(Rows(slots, last - first, self.halves, self.images, index, known))
+        return tuple(parts)
+
+
+def pick(x: Tensor, index: Tensor | slice | None) -> Tensor:
+    """The rows of x that `Rows.index` names; a view where they are neighbours."""
+    if index is None:
+        return x
+    return x[index] if isinstance(index, slice) else x.index_select(0, index)
 
 
 @dataclass(frozen=True)

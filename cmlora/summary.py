@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from cmlora.budget import Strategy
 from cmlora.denoise import Denoiser, Record
 from cmlora.plan import BASE
 
@@ -43,6 +45,8 @@ class Summary:
         refreshes: how often each adapter's whole UNet pass ran, counted over the images of the batch.
         adapter_bytes: memory of the stacked adapters and of the q, k, v weights laid one below the other.
         cache_bytes: memory of the cached features, the prompt's keys and values and the time embeddings.
+        strategy: what the run spent memory on; None before the first.
+        peak: of `peak_bytes`.
     """
 
     method: str
@@ -52,11 +56,24 @@ class Summary:
     strategies: dict[str, int]
     adapter_bytes: int
     cache_bytes: int
+    strategy: Strategy | None
+    peak: Callable[[], int | None] = field(repr=False, compare=False)
+
+    @functools.cached_property
+    def peak_bytes(self) -> int | None:
+        """Predicted: the most memory that the run takes beside the pipeline's weights, adapters and caches included.
+
+        From shapes alone, without a step being run (csrc_docs/engine.md). None before the first run, once the pipeline
+        is restored, and where the UNet carries hooks or attention processors of one's own.
+        """
+        return self.peak()
 
     def __str__(self) -> str:
         lines = [
             f"{self.method}: {', '.join(self.adapters) or 'no adapter'}; {len(self.steps)} steps",
-            f"adapters {self.adapter_bytes / 2**20:.1f} MiB, cached {self.cache_bytes / 2**20:.1f} MiB",
+            f"adapters {_mebi(self.adapter_bytes)}, cached {_mebi(self.cache_bytes)}, predicted peak "
+            + ("unknown" if self.peak_bytes is None else _mebi(self.peak_bytes)),
+            *([f"rows: {_spent(self.strategy)}"] if self.strategy else []),
             "full passes: " + (", ".join(f"{name} {count}" for name, count in self.refreshes.items()) or "none"),
             "LoRA layers: " + (", ".join(f"{name} {count}" for name, count in self.strategies.items()) or "none"),
             f"{'step':>4} {'full':>5} {'shallow':>7} {'weight':>7}  {'m':<16} dominant",
@@ -74,7 +91,9 @@ def summarise(denoiser: Denoiser) -> Summary:
     bank, run = denoiser.bank, denoiser.last_run
     names = bank.names
     if run is None:
-        return Summary(denoiser.config.method, names, (), {}, {}, denoiser.adapter_bytes, 0)
+        return Summary(
+            denoiser.config.method, names, (), {}, {}, denoiser.adapter_bytes, 0, None, denoiser.predicted_peak
+        )
     labels = ("+".join(names),) if denoiser.config.method == "merge" else names
     refreshes = dict.fromkeys(("base", *labels), 0)
     steps = []
@@ -85,7 +104,18 @@ def summarise(denoiser: Denoiser) -> Summary:
     counted = {name: count for name, count in refreshes.items() if count or name != "base"}
     cache_bytes = max((record.cache_bytes for record in run.record), default=0)
     strategies, method = denoiser.strategies(), denoiser.config.method
-    return Summary(method, names, tuple(steps), counted, strategies, denoiser.adapter_bytes, cache_bytes)
+    adapter_bytes, peak = denoiser.adapter_bytes, denoiser.predicted_peak
+    return Summary(method, names, tuple(steps), counted, strategies, adapter_bytes, cache_bytes, run.strategy, peak)
+
+
+def _mebi(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _spent(strategy: Strategy) -> str:
+    """A strategy in words."""
+    stacked, kept = "stacked" if strategy.stack else "apart", "kept" if strategy.keep_prompt else "made in every step"
+    return f"{strategy.at_once} predictions at once; q, k, v {stacked}; the prompt's keys and values {kept}"
 
 
 def _refreshed(record: Record, labels: Sequence[str]) -> list[str]:

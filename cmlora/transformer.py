@@ -17,8 +17,7 @@ from cmlora.rows import Rows, Shared, add, lift
 def plain_resnet(module: Any, x: Shared, conditions: Conditions, step: int, rows: Rows) -> Shared:
     """ResnetBlock2D.forward, its time bias from the run's table."""
     carrying = module in conditions.carrying
-    bias = conditions.time_bias(module, step)
-    assert bias is not None
+    bias = conditions.time(module, step)
     x = lift(x, rows, by_prediction=carrying, by_half=bias.shape[0] > 1)
     hidden = module.conv1(module.nonlinearity(module.norm1(x.value)))
     if bias.shape[0] == 1:

@@ -8,7 +8,7 @@ the cut is the deep part, and the feature that comes up from it is what is cache
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,13 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils.torch_utils import apply_freeu
 from torch import Tensor, nn
 
-from cmlora.conditions import Conditions, Inputs
+from cmlora.conditions import Conditions, Inputs, map_tensors
 from cmlora.errors import ConfigError, UnsupportedModelError
 from cmlora.layers import RowSlots, StackedProjection
-from cmlora.rows import Rows, Shared, add, concat, lift, whole
+from cmlora.rows import Rows, Shared, add, concat, lift, pick, whole
 from cmlora.transformer import plain_resnet, plain_transformer
 from cmlora_kernels import gather_concat, scatter_rows
+from cmlora_kernels.layout import dense_format
 
 BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", "NoneType")
@@ -70,6 +71,7 @@ class BatchedUNet:
         self.row_slots = row_slots
         self.backend = backend
         self.stacked: dict[nn.Module, StackedProjection] = {}
+        self.keep_prompt = True
         down, up = down_units(unet), up_units(unet)
         cut = _cut(unet, branch)
         self.shallow_down, self.deep_down = down[:cut], down[cut:]
@@ -81,7 +83,7 @@ class BatchedUNet:
             return conditions
         try:
             self.row_slots.by_count = everyone.by_count
-            return Conditions(self.unet, inputs, timesteps, self.row_slots, self.stacked)
+            return Conditions(self.unet, inputs, timesteps, self.row_slots, self.stacked, self.keep_prompt)
         finally:
             self.row_slots.by_count = None
 
@@ -93,6 +95,7 @@ class BatchedUNet:
         cache: Tensor | None,
         conditions: Conditions,
         step: int,
+        at_once: int | None = None,
         follow: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """One step.
@@ -104,34 +107,47 @@ class BatchedUNet:
             cache: [rows, ...] cached features, refreshed in place; None in a run's first step.
             conditions: of `prepare`.
             step: position in the run.
+            at_once: at most so many predictions run together; None: all of them.
             follow: move what is not refreshed as the base model's feature moves, which is the last prediction's.
 
         Returns:
             Noise predictions [rows, channels, height, width], and the cache.
         """
         try:
-            self.row_slots.by_count = everyone.by_count
-            now = Pass(self, inputs, conditions, everyone, everyone, step)
-            hidden = now.begin()
-            skips = now.down(self.shallow_down, hidden)
-            hidden = skips[-1]
-            residuals = inputs.down_block_additional_residuals
-            skips = now.add_residuals(skips, residuals[: len(skips)] if residuals else None)
+            parts = [Pass(self, inputs, conditions, rows, everyone, step) for rows in everyone.split(at_once)]
+            downs = [part.shallow() for part in parts]
             if deep is not None:
-                self.row_slots.by_count = deep.by_count
-                feature = Pass(self, inputs, conditions, deep, everyone, step).deep(hidden, skips[-1])
-                if deep.index is None or cache is None:
-                    cache = feature
-                else:
-                    if follow:
-                        _follow_base(cache, feature[-everyone.own :])
-                    scatter_rows(cache, feature, deep.index, backend=self.backend)
-                self.row_slots.by_count = everyone.by_count
+                hidden, above = _joined(parts, [hidden for hidden, _ in downs]), downs[0][1][-1]
+                deeper = (Pass(self, inputs, conditions, rows, everyone, step) for rows in deep.split(at_once))
+                features: Iterable[tuple[Rows, Tensor]] = ((part.rows, part.deep(hidden, above)) for part in deeper)
+                if follow and cache is not None:
+                    features = known = list(features)
+                    _follow_base(cache, known[-1][1][-everyone.own :])
+                for rows, feature in features:
+                    cache = self._store(feature, rows, everyone, cache)
+                del hidden
             assert cache is not None  # the first step of a run is full
-            hidden = now.up(self.shallow_up, Shared(cache, True, True), skips, cached=True)
-            return now.end(hidden), cache
+            noises = []
+            for part in parts:
+                skips = downs.pop(0)[1]  # let go of as soon as they are used
+                noises.append(part.top(pick(cache, part.rows.index), skips))
+            return noises[0] if len(noises) == 1 else torch.cat(noises), cache
         finally:
             self.row_slots.by_count = None
+
+    def _store(self, feature: Tensor, rows: Rows, everyone: Rows, cache: Tensor | None) -> Tensor:
+        """The cache with the feature of some rows in it."""
+        if rows.index is None:
+            return feature
+        if cache is None:
+            shape = (everyone.slots.shape[0], *feature.shape[1:])
+            layout = dense_format(feature)
+            cache = torch.empty(shape, dtype=feature.dtype, device=feature.device, memory_format=layout)
+        if isinstance(rows.index, slice):
+            cache[rows.index] = feature
+        else:
+            scatter_rows(cache, feature, rows.index, backend=self.backend)
+        return cache
 
 
 class Pass:
@@ -150,6 +166,18 @@ class Pass:
         factor = 2**self.unet.num_upsamplers
         # upsamplers must be told their size where a side is no multiple of the whole upsampling factor
         self.tell_size = any(side % factor for side in inputs.sample.shape[-2:])
+
+    def shallow(self) -> tuple[Shared, list[Shared]]:
+        """What goes into the deep part, and the skip connections above it."""
+        self.batched.row_slots.by_count = self.rows.by_count
+        skips = self.down(self.batched.shallow_down, self.begin())
+        residuals = self.inputs.down_block_additional_residuals
+        return skips[-1], self.add_residuals(skips, residuals[: len(skips)] if residuals else None)
+
+    def top(self, feature: Tensor, skips: list[Shared]) -> Tensor:
+        """Noise of all rows from their cached feature and the shallow skip connections."""
+        self.batched.row_slots.by_count = self.rows.by_count
+        return self.end(self.up(self.batched.shallow_up, Shared(feature, True, True), skips, cached=True))
 
     def begin(self) -> Shared:
         """The latents behind conv_in."""
@@ -183,10 +211,11 @@ class Pass:
         return skips
 
     def deep(self, x: Shared, above: Shared) -> Tensor:
-        """Everything below the cut; `above` is the last skip connection over it."""
+        """Everything below the cut, x being everyone's; `above` is the last skip connection over it."""
         if self.rows.index is not None and x.by_prediction:
-            x = Shared(whole(x, self.everyone).index_select(0, self.rows.index), True, True)
+            x = Shared(pick(whole(x, self.everyone), self.rows.index), True, True)
         batched, inputs = self.batched, self.inputs
+        batched.row_slots.by_count = self.rows.by_count
         skips = self.down(batched.deep_down, x)
         x = skips[-1]
         residuals = inputs.down_block_additional_residuals
@@ -217,22 +246,25 @@ class Pass:
         return x
 
     def up(self, units: Sequence[UpUnit], x: Shared, skips: list[Shared], *, cached: bool = False) -> Shared:
-        """Through the units, each with its skip connection; `cached`: x is the cache and must not be written."""
-        skips = list(skips)
+        """Through the units, each taking its skip connection; `cached`: x is the cache and must not be written."""
         for i, unit in enumerate(units):
-            skip = skips.pop()
-            hidden = whole(x, self.rows)
-            if _freeu(unit.block):
-                hidden = torch.cat(self._freeu(unit.block, hidden.clone(), whole(skip, self.rows)), dim=1)
-            elif cached and i == 0 and skip.value.shape[0] == hidden.shape[0]:
-                hidden = gather_concat(hidden, skip.value, backend=self.batched.backend)
-            else:
-                hidden = concat(hidden, skip, self.rows)
-            x = self._layer(unit.resnet, unit.attention, Shared(hidden, True, True))
+            # no name for what goes in: it is let go of as soon as the resnet is through
+            x = self._layer(unit.resnet, unit.attention, self._join(unit, x, skips.pop(), cached=cached and i == 0))
             if unit.upsampler is not None:
                 size = skips[-1].value.shape[2:] if self.tell_size and skips else None
                 x = Shared(unit.upsampler(x.value, size), True, True)
         return x
+
+    def _join(self, unit: UpUnit, x: Shared, skip: Shared, *, cached: bool) -> Shared:
+        """x and a skip connection over channels, with all rows."""
+        hidden = whole(x, self.rows)
+        if _freeu(unit.block):
+            joined = torch.cat(self._freeu(unit.block, hidden.clone(), whole(skip, self.rows)), dim=1)
+        elif cached and skip.value.shape[0] == hidden.shape[0]:
+            joined = gather_concat(hidden, skip.value, backend=self.batched.backend)
+        else:
+            joined = concat(hidden, skip, self.rows)
+        return Shared(joined, True, True)
 
     def _freeu(self, block: Any, hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
         changed: tuple[Tensor, Tensor] = apply_freeu(
@@ -245,7 +277,7 @@ class Pass:
         return x if attention is None else self._attention(attention, x)
 
     def _resnet(self, module: Any, x: Shared) -> Shared:
-        if self.conditions.has_time_bias(module):
+        if self.conditions.has_time(module):
             return plain_resnet(module, x, self.conditions, self.step, self.rows)
         return Shared(module(whole(x, self.rows), self._embedding), True, True)
 
@@ -273,8 +305,8 @@ class Pass:
     @functools.cached_property
     def _embedding(self) -> Tensor:
         """[rows, width] embedding of the step, for resnets that are called as they are."""
-        if self.conditions.table is not None:
-            return whole(Shared(self._own(self.conditions.table[self.step]), False, True), self.rows)
+        if self.conditions.times is not None:
+            return whole(Shared(self._own(self.conditions.time(None, self.step)), False, True), self.rows)
         unet, inputs, spread = self.unet, self.inputs, self._spread
         sample = self.rows.slots.new_empty(self.rows.slots.shape[0], dtype=inputs.sample.dtype)
         timestep = spread(inputs.timestep) if inputs.timestep.numel() == self.rows.own else inputs.timestep
@@ -296,13 +328,7 @@ class Pass:
 
     def _spread(self, value: Any) -> Any:
         """Repeat tensors [own rows, ...], alone or nested, over the predictions."""
-        if isinstance(value, Tensor):
-            return whole(Shared(value, False, True), self.rows)
-        if isinstance(value, dict):
-            return {k: self._spread(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(self._spread(v) for v in value)
-        return value
+        return map_tensors(value, lambda x: whole(Shared(x, False, True), self.rows))
 
     def _lifted(self, module: nn.Module, x: Shared) -> Shared:
         """`x` with a row per prediction if an adapter changes the module."""
@@ -323,6 +349,13 @@ def _follow_base(cache: Tensor, base: Tensor) -> None:
     """Move all cached features [predictions * own rows, ...] as the base model's, the last, moves to `base`."""
     own = base.shape[0]
     cache.view(-1, own, *base.shape[1:]).add_(base - cache[-own:])
+
+
+def _joined(parts: Sequence[Pass], xs: Sequence[Shared]) -> Shared:
+    """A tensor of several parts as one of everyone; one that is the same for all predictions is any part's."""
+    if len(parts) == 1 or not xs[0].by_prediction:
+        return xs[0]
+    return Shared(torch.cat([whole(x, part.rows) for part, x in zip(parts, xs, strict=True)]), True, True)
 
 
 def _freeu(block: Any) -> bool:

@@ -287,3 +287,46 @@ class Sequential:
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     """Frobenius norm of the difference over that of `want`."""
     return ((got - want).norm() / want.norm()).item()
+
+
+SMALL = {  # of sd_unet: what is quickest
+    "layers_per_block": 1,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
+def three_adapters(pattern: str = EVERYTHING, **unet):
+    """A pipeline with two high adapters and a low one, all active."""
+    pipe = sd_pipe(sd_unet(**unet))
+    names = ["character", "style", "background"]
+    for i, name in enumerate(names):
+        add_lora(pipe.unet, name, rank=2 + i, pattern=pattern, seed=i + 1)
+    pipe.set_adapters(names)
+    return pipe
+
+
+def noises(pipe, steps=3, images=2, guidance=7.5, size=8, controlled=False, seed=0, **kwargs) -> list[torch.Tensor]:
+    """The UNet's answers to latents of our own, so that rounding is not amplified from step to step.
+
+    controlled: with residuals of a ControlNet, for SMALL.
+    """
+    generator, device = torch.Generator().manual_seed(seed), pipe.unet.device
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(device)
+
+    halves = 2 if guidance > 1 else 1
+    context = random(halves * images, 77, pipe.unet.config.cross_attention_dim)
+    pipe._guidance_scale = guidance
+    pipe.scheduler.set_timesteps(steps, device=device)
+    found = []
+    for t in pipe.scheduler.timesteps:
+        sample = torch.cat([random(images, 4, size, size)] * halves)
+        if controlled:
+            skips = [(16, size), (16, size), (16, size // 2), (32, size // 2)]
+            kwargs["down_block_additional_residuals"] = [random(halves * images, c, s, s) for c, s in skips]
+            kwargs["mid_block_additional_residual"] = random(halves * images, 32, size // 2, size // 2)
+        found.append(pipe.unet(sample, t, context, **kwargs).sample)
+    return found

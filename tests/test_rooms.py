@@ -18,8 +18,23 @@ BELOW = {  # a room of cmlora -> the rooms that it may import
     "conditions": {"layers", "rows"},
     "transformer": {"conditions", "rows"},
     "unet": {"conditions", "errors", "layers", "rows", "transformer"},
-    "denoise": {"adapters", "conditions", "config", "errors", "layers", "plan", "rows", "unet"},
-    "summary": {"denoise", "plan"},
+    "budget": {"errors"},
+    "footprint": {"budget", "conditions", "layers", "plan", "rows", "unet"},
+    "graphs": {"conditions", "rows", "unet"},
+    "denoise": {
+        "adapters",
+        "budget",
+        "conditions",
+        "config",
+        "errors",
+        "footprint",
+        "graphs",
+        "layers",
+        "plan",
+        "rows",
+        "unet",
+    },
+    "summary": {"budget", "denoise", "plan"},
     "pictures": {"summary"},
     "demo": {"accelerate", "pictures", "sprites"},
     "quality": {"accelerate", "config", "sprites"},
@@ -30,7 +45,7 @@ BELOW = {  # a room of cmlora -> the rooms that it may import
     "accelerate": {"config", "denoise", "errors", "hook", "profile", "summary", "unet"},
     "__init__": {"accelerate", "config", "errors", "summary"},
 }
-STANDARD_ONLY = ("errors", "config", "plan")
+STANDARD_ONLY = ("budget", "errors", "config", "plan")
 
 
 def imports(path):

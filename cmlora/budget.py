@@ -1,0 +1,66 @@
+"""A memory budget -> what a run gives up to keep it. Pure; standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cmlora.errors import RunError
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What a run spends memory on.
+
+    Attributes:
+        at_once: predictions that run together.
+        stack: whether q, k and v of a self-attention are copied one below the other, to be one launch.
+        keep_prompt: whether keys and values of the prompt are kept for the run, or made anew in every step.
+    """
+
+    at_once: int
+    stack: bool = True
+    keep_prompt: bool = True
+
+
+def strategies(predictions: int, most: int | None) -> list[Strategy]:
+    """All that there are, from the fastest to the smallest.
+
+    First the copies are given up (two more launches per self-attention), then the prompt's keys and values (two small
+    GEMMs per cross-attention and step), then rows: two parts, three, ... (every launch once per part).
+
+    Args:
+        predictions: of a step.
+        most: upper bound of `at_once`; None: none.
+    """
+    counts = {-(-predictions // parts) for parts in range(1, predictions + 1)}
+    whole, *fewer = sorted({min(count, most or count) for count in counts}, reverse=True)
+    return [
+        Strategy(whole),
+        Strategy(whole, stack=False),
+        Strategy(whole, stack=False, keep_prompt=False),
+        *(Strategy(count, stack=False, keep_prompt=False) for count in fewer),
+    ]
+
+
+def choose(candidates: Sequence[Strategy], peak: Callable[[Strategy], int], budget: int) -> Strategy:
+    """The first of the candidates that keeps the budget.
+
+    Args:
+        candidates: from the fastest to the smallest.
+        peak: bytes that a run takes with one; asked only for those that come before the one that is taken.
+        budget: bytes.
+
+    Raises:
+        RunError: none does; it names the least that is possible.
+    """
+    peaks = []
+    for strategy in candidates:
+        peaks.append(peak(strategy))
+        if peaks[-1] <= budget:
+            return strategy
+    least = min(peaks)
+    raise RunError(
+        f"memory_budget must be at least {least} bytes for this run (adapters, caches and the activations of a step, "
+        f"in the smallest parts), got {budget}; fewer images per call, a smaller size or fewer adapters need less"
+    )

@@ -1,0 +1,151 @@
+"""How much memory a run will take, from shapes alone: its steps on tensors without data, live bytes counted."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cmlora.budget import Strategy
+from cmlora.conditions import Inputs, map_tensors
+from cmlora.layers import stack_projections, unseen, untouched
+from cmlora.plan import Step
+from cmlora.rows import Rows
+from cmlora.unet import BatchedUNet
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not type it
+    """Runs everything on fake tensors of one device; real ones that come along (weights) stand outside the count.
+
+    To be entered within a FakeTensorMode.
+
+    Attributes:
+        peak: the most bytes that were alive together.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
+        self.peak = self._live = 0
+        self._fakes: dict[int, tuple[Tensor, Tensor]] = {}  # by identity, the real one held so that it stays its own
+        self._known: set[int] = set()
+
+    def fake(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same shape, on the device, without data."""
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        _, fake = self._fakes.get(id(tensor), (None, None))
+        if fake is None:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
+            self._fakes[id(tensor)] = (tensor, fake)
+            self._known.add(fake.untyped_storage()._cdata)
+        return fake
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and count what it leaves."""
+        args, kwargs = map_tensors(args, self.fake), map_tensors(kwargs or {}, self.fake)
+        out = func(*args, **kwargs)
+        self.peak = max(self.peak, self._live + _workspace(func, args, out))
+        map_tensors(out, self._count)
+        return out
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            size = storage.nbytes()
+            self._known.add(storage._cdata)
+            self._live += size
+            self.peak = max(self.peak, self._live)
+            weakref.finalize(storage, self._forget, storage._cdata, size)
+        return tensor
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._live -= size
+
+
+def _workspace(func: Any, args: Any, out: Any) -> int:
+    """Bytes that an operation takes while it runs, its result among them.
+
+    On the CPU a float32 convolution with a kernel wider than one pixel lays x, weight and result anew, channels
+    innermost, and then the result back (seen with torch.profiler; other formats and devices, and ATen's own convolution
+    of one small image, are not modelled).
+    """
+    if func.overloadpacket.__name__ not in ("convolution", "multi_lora_conv2d") or out.device.type != "cpu":
+        return 0
+    x, weight = args[:2]
+    if weight[0, 0].numel() == 1 or x.dtype != torch.float32 or not x.is_contiguous():
+        return 0
+    return int(max(x.nbytes + weight.nbytes + out.nbytes, 2 * out.nbytes))
+
+
+def predictable(unet: Any) -> bool:
+    """Whether a UNet can be run on tensors without data: no code of the user's is in it, hooks or processors."""
+    processors = {type(p).__module__.split(".")[0] for p in unet.attn_processors.values()}
+    return untouched(unet) and processors <= {"diffusers"}
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """All that a run's memory depends on beside the model and its adapters.
+
+    Attributes:
+        inputs: of a step, on the meta device.
+        steps: of the run.
+        predictions: the slots of the steps' predictions; each set once.
+        halves: of guidance that start alike.
+        device: where it runs.
+    """
+
+    inputs: Inputs
+    steps: int
+    predictions: tuple[tuple[int, ...], ...]
+    halves: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, inputs: Inputs, plan: Sequence[Step], halves: int) -> RunShape:
+        """The shape of a run whose first step has these inputs."""
+        like = inputs.map(lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
+        predictions = tuple(dict.fromkeys(step.slots for step in plan))
+        return cls(like, len(plan), predictions, halves, inputs.sample.device)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for runs that take the same memory."""
+        return (self.inputs.signature(), self.steps, self.predictions, self.halves, self.device)
+
+
+def peak_of_run(batched: BatchedUNet, shape: RunShape, strategy: Strategy) -> int:
+    """Bytes of a run beside the weights and the adapters: caches, q, k, v copies, and the most that is alive in a step.
+
+    A step in which all rows run the whole UNet, behind others that filled the caches; no other kind takes more.
+
+    Args:
+        batched: the model; `predictable`.
+        shape: of the run.
+        strategy: what the run spends memory on.
+    """
+    own = shape.inputs.sample.shape[0]
+    traced = copy.copy(batched)
+    live = LiveBytes(shape.device)
+    with torch.no_grad(), unseen(batched.unet), FakeTensorMode(), live:
+        traced.keep_prompt = strategy.keep_prompt
+        traced.stacked = stack_projections(batched.unet, batched.row_slots, batched.backend) if strategy.stack else {}
+        inputs = shape.inputs.map(torch.empty_like)  # fake from here on
+        timesteps = torch.empty(shape.steps, device=shape.device)
+        conditions, cache = None, None
+        for slots in (*shape.predictions, shape.predictions[0]):
+            cache = None  # let go of before its successor is made
+            rows = torch.empty(len(slots) * own, dtype=torch.int64, device=shape.device)
+            everyone = Rows(rows, len(slots), shape.halves, own // shape.halves, None, slots)
+            conditions = traced.prepare(inputs, everyone, conditions, timesteps)
+            _, cache = traced.run(inputs, everyone, everyone, cache, conditions, 0, strategy.at_once)
+    return live.peak

@@ -1,0 +1,167 @@
+"""Captured steps: one CUDA graph per kind of step, replayed on buffers that keep their place from run to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cmlora.conditions import Conditions, Held, Inputs
+from cmlora.rows import Rows
+from cmlora.unet import BatchedUNet
+from cmlora_kernels import combine_noise
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def capture_cuda(work: Callable[[], None]) -> Callable[[], None]:
+    """Record `work` as a CUDA graph, without running it; what comes back replays it on the same memory."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+class Captured:
+    """The steps of runs of one shape, captured at their second occurrence; the first runs as it is and warms up.
+
+    A captured step reads and writes nothing but buffers that stay: the inputs, the time embedding of one step, the
+    prompt's keys and values, the refreshed rows' adapters and places, weights, cached features, and the noise. What a
+    step gets is copied into them, and the noise is handed out as a copy: schedulers keep what they are given.
+
+    Args:
+        batched: the model.
+        inputs: of a step, in shape.
+        at_once: predictions that run together.
+        capture: makes a replay of a function of no arguments, without running it.
+    """
+
+    def __init__(self, batched: BatchedUNet, inputs: Inputs, at_once: int, capture: Capture) -> None:
+        self.batched = batched
+        self.at_once = at_once
+        self.capture = capture
+        device = inputs.sample.device
+        self.inputs = inputs.map(lambda x: x.to(device, copy=True))
+        self.cache: Tensor | None = None
+        self.noise: Tensor | None = None
+        self.conditions: Conditions | None = None
+        self._held: Held | None = None
+        self._kinds: dict[tuple[object, ...], _Kind] = {}
+
+    def begin(self, inputs: Inputs, everyone: Rows, timesteps: Tensor) -> Conditions:
+        """Take over a run's conditions and schedule [steps], in the memory of the last ones."""
+        self._held = Held(inputs)
+        self._load(inputs)
+        if self.conditions is None:
+            self.conditions = self.batched.prepare(self.inputs, everyone, None, timesteps)
+            self.one_step = self.conditions.one_step()
+        else:
+            self.conditions.renew(self.inputs, everyone, timesteps)
+        return self.conditions
+
+    def holds(self, conditions: Conditions | None, inputs: Inputs) -> bool:
+        """Whether `begin` was called for this run and its conditions are still those of `inputs`."""
+        return (
+            conditions is not None
+            and conditions is self.conditions
+            and self._held is not None
+            and self._held.still(inputs)
+        )
+
+    def step(
+        self,
+        inputs: Inputs,
+        index: int,
+        everyone: Rows,
+        deep: Rows | None,
+        cache: Tensor | None,
+        weights: Tensor | None,
+        follow: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """One step, as `BatchedUNet.run` and `combine_noise` behind it.
+
+        Args:
+            inputs: of the pipeline's own rows.
+            index: position in the run.
+            everyone, deep: all rows; those that run the deep part.
+            cache: the cached features; None where everyone runs the deep part.
+            weights: [predictions, images]; None: a single prediction is the noise.
+            follow: as for `BatchedUNet.run`.
+        """
+        assert self.conditions is not None
+        self._load(inputs)
+        if self.conditions.times is not None and self.one_step.times is not None:
+            self.one_step.times.copy_(self.conditions.times[index : index + 1])
+        if cache is not None and cache is not self.cache:  # of a run that began eagerly or in another shape
+            self.cache = cache.clone() if self.cache is None else self.cache.copy_(cache)
+        key = (everyone.known, 0 if deep is None else deep.predictions, cache is None, follow)
+        if key not in self._kinds:
+            given = None if weights is None else weights.clone()
+            self._kinds[key] = _Kind(self, everyone, _buffers(deep), given, follow)
+        kind = self._kinds[key]
+        kind.load(deep, weights)
+        kind.run()
+        assert self.cache is not None
+        assert self.noise is not None
+        return self.noise.clone(), self.cache
+
+    def _load(self, inputs: Inputs) -> None:
+        for mine, given in zip(self.inputs.tensors(), inputs.tensors(), strict=True):
+            mine.copy_(given)
+
+
+@dataclass
+class _Kind:
+    """One kind of step: a function of buffers alone."""
+
+    owner: Captured
+    everyone: Rows
+    deep: Rows | None
+    weights: Tensor | None
+    follow: bool
+    replay: Callable[[], None] | None = None
+    warm: bool = False
+
+    def load(self, deep: Rows | None, weights: Tensor | None) -> None:
+        if self.deep is not None and deep is not None and isinstance(self.deep.index, Tensor):
+            assert isinstance(deep.index, Tensor)
+            self.deep.slots.copy_(deep.slots)
+            self.deep.index.copy_(deep.index)
+        if self.weights is not None and weights is not None:
+            self.weights.copy_(weights)
+
+    def run(self) -> None:
+        if not self.warm:
+            self.warm = True
+            self.work()
+            return
+        if self.replay is None:
+            self.replay = self.owner.capture(self.work)
+        self.replay()
+
+    def work(self) -> None:
+        owner, everyone = self.owner, self.deep is not None and self.deep.index is None
+        before = None if everyone else owner.cache
+        noise, cache = owner.batched.run(
+            owner.inputs, self.everyone, self.deep, before, owner.one_step, 0, owner.at_once, self.follow
+        )
+        if self.weights is not None:
+            noise = combine_noise(noise, self.weights, backend=owner.batched.backend)
+        owner.cache = _keep(owner.cache, cache)
+        owner.noise = _keep(owner.noise, noise)
+
+
+def _keep(buffer: Tensor | None, value: Tensor) -> Tensor:
+    """`value` in the buffer; the first one becomes the buffer."""
+    if buffer is None or buffer is value:
+        return value
+    return buffer.copy_(value)
+
+
+def _buffers(deep: Rows | None) -> Rows | None:
+    """Rows of the same number, slots and places in memory of their own; all rows stay what they are."""
+    if deep is None or not isinstance(deep.index, Tensor):
+        return deep
+    return Rows(deep.slots.clone(), deep.predictions, deep.halves, deep.images, deep.index.clone())
