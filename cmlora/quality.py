@@ -26,6 +26,7 @@ from cmlora.accelerate import accelerate, restore
 from cmlora.config import CMLoRAConfig
 from cmlora.sprites import ROLES, draw, lora_path, model_path, role_of
 from cmlora.sprites.detector import Detector, load_detector, probabilities
+from cmlora_kernels.flops import FLOPS
 
 Half = Literal["choose", "report", "all"]
 Config = dict[str, Any]
@@ -214,7 +215,7 @@ class Bed:
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             nonlocal total
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
                 made = original(*args, **kwargs)
             total += counter.get_total_flops()
             return made

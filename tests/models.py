@@ -41,25 +41,26 @@ def sd_unet(seed: int = 0, **overrides) -> UNet2DConditionModel:
     return UNet2DConditionModel(**(config | overrides)).eval()
 
 
-def sdxl_unet(seed: int = 0) -> UNet2DConditionModel:
+def sdxl_unet(seed: int = 0, **overrides) -> UNet2DConditionModel:
     torch.manual_seed(seed)
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=2,
-        block_out_channels=(16, 32, 32),
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 1, 2),
-        projection_class_embeddings_input_dim=72,
-        cross_attention_dim=48,
-    ).eval()
+    config = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 2,
+        "block_out_channels": (16, 32, 32),
+        "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (2, 4, 4),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "transformer_layers_per_block": (1, 1, 2),
+        "projection_class_embeddings_input_dim": 72,
+        "cross_attention_dim": 48,
+    }
+    return UNet2DConditionModel(**(config | overrides)).eval()
 
 
 def _vae() -> AutoencoderKL:

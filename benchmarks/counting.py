@@ -1,0 +1,225 @@
+"""What a step launches: the operations of a dispatch trace, with the bytes and flops of each.
+
+On `meta` tensors a step runs in full, as shapes alone, so what is counted is what a GPU would be asked to do. Each of
+our own ops counts as the kernels that it launches there, by the kernels' own counts (`cmlora_kernels.launch.Launch`).
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from cmlora_kernels.combine_noise import combine_launch
+from cmlora_kernels.feature_bank import gather_concat_launch, scatter_launch
+from cmlora_kernels.launch import Launch
+from cmlora_kernels.layout import dense_format
+from cmlora_kernels.multi_lora_add import add_launch
+from cmlora_kernels.multi_lora_linear import linear_launch
+from cmlora_kernels.spectrum import finish_launch, spectrum_launch
+from cmlora_kernels.tiles import Problem, choose
+
+VIEWS = {
+    *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select"),
+    *("alias", "as_strided", "split", "chunk", "unbind", "reshape", "_reshape_alias", "lift_fresh", "detach"),
+    *("empty", "empty_like", "new_empty", "split_with_sizes", "empty_strided", "new_empty_strided"),
+}
+WRITE_ONLY = {"copy_", "fill_", "zero_"}  # what they write is not read before
+PICKING = {"index_select", "index", "gather", "embedding"}  # of their source they read what they return
+
+Unit = Literal["none", "library", "triton", "attention"]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One kernel on the device.
+
+    Attributes:
+        name: of the op or the launch.
+        bytes: read and written, every element once.
+        flops: multiplications and additions (2 per multiply-add) on unpadded sizes; elementwise work is not counted.
+        work: the flops that the matrix units really do, whole tiles.
+        unit: whose matrix kernel it is: cuBLAS's or cuDNN's, ours, the flash-attention kernel; "none" is elementwise.
+    """
+
+    name: str
+    bytes: int
+    flops: int = 0
+    work: int = 0
+    unit: Unit = "none"
+
+
+class Operations(TorchDispatchMode):
+    """Counts dispatched operations by name; `total` leaves out the views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def total(self) -> int:
+        """Operations that launch something."""
+        return sum(count for name, count in self.seen.items() if name not in VIEWS)
+
+
+class Trace(TorchDispatchMode):
+    """Records what runs on `meta`; operations on the host's own numbers (a scheduler's tables) are no launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: list[Callable[[str], Iterator[Op]]] = []
+        self._attention = _OneAttention(self)
+
+    def __enter__(self) -> Trace:
+        self._attention.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._attention.__exit__(*error)
+
+    def ops(self, arch: str) -> list[Op]:
+        """The kernels in order, as a target such as "sm_90" launches them."""
+        return [op for entry in self._seen for op in entry(arch)]
+
+    def add(self, op: Op) -> None:
+        """Record a kernel that is the same on every target."""
+        self._seen.append(lambda arch: iter((op,)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out, name = func(*args, **kwargs), func.overloadpacket.__name__
+        if func.namespace == "cmlora_kernels":
+            self._seen.append(KERNELS[name](*args, **kwargs))
+        elif name not in VIEWS and any(t.is_meta for t in _tensors((args, kwargs, out))):
+            count = flop_registry.get(func.overloadpacket)
+            flops = count(*args, **kwargs, out_val=out) if count else 0
+            unit: Unit = "library" if flops else "none"
+            self.add(Op(name, _moved(func, name, args, kwargs, out), flops, flops, unit))
+        return out
+
+
+class _OneAttention(TorchFunctionMode):
+    """Scaled dot-product attention as one kernel, where `meta` would take it apart."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        tensors = list(_tensors((args, kwargs)))
+        query, key, value = tensors[:3]
+        rows, heads, tokens, width = query.shape
+        flops = sdpa_flop_count(query.shape, key.shape, value.shape)
+        padded = -(-width // 32) * 32  # flash kernels hold whole multiples of 32 columns of a head
+        moved = sum(map(_bytes, tensors)) + _bytes(query)
+        self.trace.add(Op("attention", moved, flops, flops * padded // width, "attention"))
+        return query.new_empty(rows, tokens, heads, width).transpose(1, 2)  # as the CUDA kernels lay it
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes of the elements that differ: an expanded dimension is one."""
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size)
+    return math.prod(sizes) * tensor.element_size()
+
+
+def _moved(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
+    given, made = list(_tensors((args, kwargs))), list(_tensors(out))
+    if name in PICKING:
+        return 2 * sum(map(_bytes, made)) + sum(map(_bytes, given[1:]))
+    read = given[1:] if name in WRITE_ONLY else given
+    written = made or given[:1]  # an op that returns nothing wrote into its first argument
+    return sum(map(_bytes, read)) + sum(map(_bytes, written))
+
+
+def _kernel(launch: Launch, work: int = 0) -> Op:
+    return Op(launch.name, launch.unique_bytes, launch.flops, work, "triton" if work else "none")
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Any, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, _: str) -> Any:
+    p = Problem.of(x, slots, b, scales, bias is not None)
+    used = p._replace(adapters=min(p.rows, p.adapters))  # a row reads one adapter
+
+    def kernels(arch: str) -> Iterator[Op]:
+        strategy = choose(p, arch).strategy
+        if strategy == "fused":
+            launch = linear_launch(used, arch)
+            tile, inner = launch.constexprs, p.inner
+            m, n, r = (tile[f"BLOCK_{axis}"] for axis in "MNR")
+            yield _kernel(launch, 2 * math.prod(launch.grid) * m * (inner * (n + r) + r * n))
+            return
+        if strategy != "add":
+            raise ValueError(f"rank must be one that the kernels serve on {arch}, got {p.rank}")
+        m = p.rows * p.tokens
+        base = 2 * m * p.inner * p.outer
+        moved = p.dtype.itemsize * (m * (p.inner + p.outer) + p.outer * (p.inner + p.bias))
+        yield Op("linear", moved, base, base, "library")
+        launch = add_launch(used, arch)
+        tile, piece = launch.constexprs, int(launch.scalars["piece"])
+        yield _kernel(launch, 2 * math.prod(launch.grid) * tile["BLOCK_M"] * tile["BLOCK_R"] * (p.inner + piece))
+
+    return kernels
+
+
+def _gather(bank: Tensor, skip: Tensor, index: Tensor | None, _: str) -> Any:
+    rows, channels, height, width = skip.shape
+    last = dense_format(bank, skip) is torch.channels_last
+    launch = gather_concat_launch(rows, bank.shape[1], channels, height * width, bank.dtype, last, index is not None)
+    return lambda arch: iter((_kernel(launch),))
+
+
+def _scatter(bank: Tensor, rows: Tensor, index: Tensor, _: str) -> Any:
+    launch = scatter_launch(rows.shape[0], bank[0].numel(), bank.dtype)
+    return lambda arch: iter((_kernel(launch),))
+
+
+def _combine(noise: Tensor, coefficients: Tensor, _: str) -> Any:
+    launch = combine_launch(*coefficients.shape, noise[0].numel(), noise.dtype)
+    return lambda arch: iter((_kernel(launch),))
+
+
+def _spectrum(x: Tensor, cutoff: float, choice: Any) -> Any:
+    shape, strides, dtype = tuple(x.shape), x.stride(), x.dtype
+
+    def kernels(arch: str) -> Iterator[Op]:
+        launch = spectrum_launch(shape, strides, dtype, True, arch)
+        yield _kernel(launch)
+        parts = launch.grid[0] * launch.grid[1]
+        yield _kernel(finish_launch(shape[0], *shape[2:], parts, cutoff, choice))
+
+    return kernels
+
+
+def _dominant(x: Tensor, cutoff: float, gate: float, early: int, late: int, adapters: int, *rest: Any) -> Any:
+    return _spectrum(x, cutoff, (gate, early, late, adapters, *rest[:2]))
+
+
+# op -> its arguments -> target -> its kernels; an op that is missing here is a KeyError, not a wrong count
+KERNELS: dict[str, Callable[..., Callable[[str], Iterator[Op]]]] = {
+    "multi_lora_linear": _linear,
+    "gather_concat": _gather,
+    "scatter_rows": _scatter,
+    "combine_noise": _combine,
+    "dominant_from_latents": _dominant,
+    "high_frequency_share": lambda x, cutoff, _: _spectrum(x, cutoff, None),
+}

@@ -1,0 +1,55 @@
+"""FLOPs of our ops for torch's counter, which knows nothing of custom ops and counts them as none:
+
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(custom_mapping=FLOPS): ...
+
+As there, a multiply-add is two, and only matrix products and convolutions count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cmlora_kernels import multi_lora as _registers_the_ops  # noqa: F401
+
+Shape = tuple[int, ...]
+
+
+def _update(y: Shape | None, x: Shape, slots: Shape, a: Shape, b: Shape, *rest: Any, **named: Any) -> int:
+    """Shrink and expand of every row."""
+    rows, tokens, inner = x
+    _, outer, rank = b
+    return 2 * rows * tokens * (inner * a[1] + rank * outer)
+
+
+def _linear(
+    x: Shape, weight: Shape, bias: Shape | None, slots: Shape, a: Shape, b: Shape, *rest: Any, **named: Any
+) -> int:
+    return 2 * math.prod(x) * weight[0] + _update(None, x, slots, a, b)
+
+
+def _conv2d(
+    x: Shape,
+    weight: Shape,
+    bias: Shape | None,
+    slots: Shape,
+    a: Shape,
+    b: Shape,
+    *rest: Any,
+    out_shape: Shape,
+    **named: Any,
+) -> int:
+    rows, outer, height, width = out_shape
+    return 2 * rows * height * width * (outer * math.prod(weight[1:]) + math.prod(a[1:]) + b[2] * outer)
+
+
+FLOPS: dict[Any, Callable[..., int]] = {
+    torch.ops.cmlora_kernels.multi_lora_linear: _linear,
+    torch.ops.cmlora_kernels.multi_lora_add_: _update,
+    torch.ops.cmlora_kernels.multi_lora_conv2d: _conv2d,
+}
+"""Op -> formula over the shapes of its arguments."""

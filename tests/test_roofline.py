@@ -1,0 +1,109 @@
+"""The prediction for GPUs: counts against torch's own, times against sums by hand, tables against the documents."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.counting import Op, Trace
+from benchmarks.roofline import (
+    GPUS,
+    Assumptions,
+    Gpu,
+    assumptions_table,
+    predict_all,
+    ratio_table,
+    step_time,
+    trace_all,
+)
+from benchmarks.steps import MetaPipe
+from cmlora_kernels import multi_lora_linear
+
+ROOT = Path(__file__).resolve().parents[1]
+SIMPLE = Gpu("simple", "sm_90", half_flops=100e12, bandwidth=1e12, source="round numbers")
+GIVEN = Assumptions(host_us=10, kernel_us=3, library_share=0.5, triton_share=0.8, attention_share=0.25)
+
+
+def meta(*shape, dtype=torch.float16):
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("op", "part", "milliseconds"),
+    [
+        (Op("gemm", 1000, work=int(50e9), unit="library"), "compute", 1.0),  # 50 GFLOP at half of 100 TFLOP/s
+        (Op("triton gemm", 1000, work=int(40e9), unit="triton"), "compute", 1.0),
+        (Op("attention", 1000, work=int(25e9), unit="attention"), "compute", 1.0),
+        (Op("addition", int(0.8e9)), "memory", 1.0),  # 0.8 GB at 0.8 of 1 TB/s
+        (Op("thin gemm", int(1.6e9), work=int(50e9), unit="library"), "memory", 2.0),
+        (Op("small", 1000), "small", 0.003),
+    ],
+    ids=lambda value: value.name if isinstance(value, Op) else None,
+)
+def test_a_kernel_takes_as_long_as_the_slowest_of_its_bounds(op, part, milliseconds):
+    time = step_time([op], SIMPLE, GIVEN)
+    assert getattr(time, part) == pytest.approx(milliseconds * 1e-3)
+    assert time.device == getattr(time, part)
+
+
+def test_a_step_takes_as_long_as_the_slower_of_device_and_host():
+    small = [Op("small", 1000)] * 100
+    by_host = step_time(small, SIMPLE, GIVEN, extra_host=20e-3)
+    assert (by_host.step, by_host.waiting) == pytest.approx((21e-3, 20.7e-3))
+    by_device = step_time([*small, Op("addition", int(8e9))], SIMPLE, GIVEN)
+    assert (by_device.step, by_device.waiting) == pytest.approx((10.3e-3, 0))
+
+
+def test_bytes_are_those_of_distinct_elements():
+    x, row = meta(4, 8), meta(1, 8)
+    with Trace() as trace:
+        x + row.expand(4, 8)  # 32 + 8 read, 32 written
+        x.copy_(row)  # 8 read, 32 written
+        x.add_(row)  # 32 + 8 read, 32 written
+        x.index_select(0, meta(2, dtype=torch.int64))  # 16 of its elements read and written, two int64
+        x.transpose(0, 1)  # nothing
+    assert [op.bytes for op in trace.ops("sm_90")] == [2 * 72, 2 * 40, 2 * 72, 2 * 32 + 16]
+
+
+def test_flops_of_the_plain_unet_are_those_that_torch_counts():
+    pipe = MetaPipe("sd15", 2)
+    (step,) = pipe.steps("plain", 1)
+    unet = pipe.pipe.unet
+    unet.disable_adapters()
+    with FlopCounterMode(display=False) as counter:
+        unet(meta(2, 4, 64, 64), 1, meta(2, 77, 768))
+    assert sum(op.flops for op in step.trace.ops("sm_90")) == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inner", "outer", "parts", "kernels"),
+    [(64, 1280, 3840, 3, 1), (256, 5120, 1280, 1, 2)],
+    ids=["fused", "add"],
+)
+def test_flops_of_our_linear_are_those_of_its_formula(tokens, inner, outer, parts, kernels):
+    x, weight, slots = meta(10, tokens, inner), meta(outer, inner), meta(10, dtype=torch.int64)
+    a, b, scales = meta(5, parts * 16, inner), meta(5, outer, 16), meta(5, parts, dtype=torch.float32)
+    with Trace() as trace:
+        multi_lora_linear(x, weight, None, slots, a, b, scales)
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.linear(x, weight)
+        down = torch.bmm(x, a[slots].transpose(1, 2)).chunk(parts, 2)
+        for part, up in zip(down, b[slots].chunk(parts, 1), strict=True):
+            torch.bmm(part, up.transpose(1, 2))
+    ops = trace.ops("sm_90")
+    assert len(ops) == kernels
+    assert sum(op.flops for op in ops) == counter.get_total_flops()
+    assert sum(op.work for op in ops) >= sum(op.flops for op in ops)
+
+
+def test_the_documents_show_what_the_command_prints():
+    given = Assumptions()
+    found = predict_all("sd15", trace_all("sd15", [2], ("loop", "ours")), GPUS.values(), given)
+    page = (ROOT / "csrc_docs" / "roofline.md").read_text()
+    for line in (*ratio_table("sd15", found), *assumptions_table(given, GPUS.values())):
+        assert line in page
+    brief = [p for p in found if p.gpu != "H200"]
+    readme = (ROOT / "README.md").read_text()
+    for line in ratio_table("sd15", brief):
+        assert line in readme
