@@ -88,17 +88,17 @@ def test_the_peak_is_what_was_predicted(unet, pattern, how, choice):
 def test_a_budget_is_kept_and_changes_no_prediction():
     """From what an unbounded run takes down to the least that there is, which the error names."""
     pipe = three_adapters(ATTENTION, **SMALL)
-    cmlora.accelerate(pipe)
+    cmlora.accelerate(pipe, combine="mean")
     want = noises(pipe, images=1, size=16)
     most = cmlora.summary(pipe).peak_bytes
-    cmlora.accelerate(pipe, memory_budget=1)
+    cmlora.accelerate(pipe, combine="mean", memory_budget=1)
     with pytest.raises(cmlora.RunError, match="memory_budget must be at least") as refused:
         noises(pipe, images=1, size=16)
     least = int(re.search(r"at least (\d+) bytes", str(refused.value)).group(1))
     assert least < 0.8 * most
     spent = []
     for budget in (most, most - 1, (least + most) // 2, least):
-        cmlora.accelerate(pipe, memory_budget=budget)
+        cmlora.accelerate(pipe, combine="mean", memory_budget=budget)
         found = noises(pipe, images=1, size=16)
         assert measured_peak(pipe, images=1, size=16) <= 1.1 * budget
         assert max(relative(x, y) for x, y in zip(found, want, strict=True)) < 1e-6
