@@ -12,7 +12,7 @@ from cmlora.errors import CMLoRAError, UnsupportedModelError
 from cmlora.hook import find, install, installed, remove
 from cmlora.profile import settle
 from cmlora.summary import Summary, summarise
-from cmlora.unet import check_supported
+from cmlora.units import check_supported
 
 Pipe = TypeVar("Pipe")
 

@@ -7,7 +7,6 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,15 +15,16 @@ from torch import Tensor
 
 from cmlora.adapters import AdapterBank, build_bank, choose_adapters, fill_bank, fingerprint, lora_layers
 from cmlora.budget import Strategy, choose, strategies
-from cmlora.conditions import Conditions, Inputs
+from cmlora.conditions import Inputs
 from cmlora.config import CMLoRAConfig
 from cmlora.errors import AdapterError, RunError
 from cmlora.footprint import RunShape, peak_of_run, predictable
 from cmlora.graphs import Capture, Captured, capture_cuda
 from cmlora.layers import RowSlots, install, problems, stack_projections, uninstall
 from cmlora.plan import BASE, Step, make_plan, order_adapters
-from cmlora.rows import Rows
-from cmlora.unet import BatchedUNet, check_supported
+from cmlora.run import Record, Run
+from cmlora.unet import BatchedUNet
+from cmlora.units import check_supported
 from cmlora_kernels import combine_noise, dominant_from_latents, high_frequency_share, tiles
 from cmlora_kernels.launch import arch_of
 
@@ -41,41 +41,6 @@ DOUBLING = (
 )
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@dataclass
-class Run:
-    """State of one denoising run; a new run starts with a new one."""
-
-    plan: tuple[Step, ...]
-    timesteps: Tensor  # held, so that another run's schedule cannot take its address
-    first: int  # the run's first position in the schedule (img2img starts in the middle)
-    halves: int  # of guidance that have the same latents
-    images: int  # rows of the pipeline's own batch: guidance halves x images
-    shape: torch.Size
-    position: int = -1  # of the last call
-    strategy: Strategy | None = None
-    footprint: RunShape | None = None
-    capturable: tuple[object, ...] | None = None  # what its captured steps rest on; () where it has none
-    cache: Tensor | None = None
-    conditions: Conditions | None = None
-    rows: dict[tuple[int, ...], Rows] = field(default_factory=dict)
-    dominant: Tensor | None = None  # [images], where the device chose it
-    weights: Tensor | None = None  # [predictions, images]
-    record: list[Record] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Record:
-    """What `summary` tells of a step; tensors are read only when it is asked."""
-
-    step: Step
-    rows: int  # of the pipeline's own batch
-    halves: int  # of guidance that they are made of
-    refreshed_all: bool
-    dominant: Tensor | int | None
-    gate: Tensor | None
-    cache_bytes: int
 
 
 class Denoiser:
@@ -240,7 +205,7 @@ class Denoiser:
             if scale != self._scale:
                 self.refresh_bank(scale)
             if sample.shape != run.shape:
-                self._shrink(run, sample)
+                run.shrink(sample)
         if offset != run.position + 1 and run.position >= 0:
             run.cache = None  # steps were left out: what they would have refreshed is missing
         run.position = offset
@@ -270,9 +235,9 @@ class Denoiser:
         plan = make_plan(self.config, self.bank.names, steps)
         run = Run(plan, timesteps, offset, self._halves(sample), sample.shape[0], sample.shape)
         for step in plan:  # what comes from the host is on the device before the first step
-            self._rows(run, step, tuple(range(len(step.slots))), sample.device)
+            run.rows_of(step, tuple(range(len(step.slots))), sample.device)
             if step.refresh:
-                self._rows(run, step, step.refresh, sample.device)
+                run.rows_of(step, step.refresh, sample.device)
         return run
 
     def _strategy(self, run: Run, inputs: Inputs) -> Strategy:
@@ -323,22 +288,6 @@ class Denoiser:
             first, second = sample.view(BITS[sample.element_size()]).chunk(2)
             torch._assert_async((first == second).all(), "the guidance halves of the batch parted in mid-run")
 
-    def _shrink(self, run: Run, sample: Tensor) -> None:
-        """Guidance was switched off in mid-run (diffusers' cut-off callback): the conditional half goes on."""
-        if sample.shape[1:] != run.shape[1:] or sample.shape[0] * 2 != run.images:
-            raise RunError(
-                f"the batch changed from {tuple(run.shape)} to {tuple(sample.shape)} in mid-run; only guidance that is "
-                "switched off, which halves it, can be followed"
-            )
-        half = sample.shape[0]
-        if run.cache is not None:
-            run.cache = run.cache.view(-1, run.images, *run.cache.shape[1:])[:, half:].flatten(0, 1)
-        run.dominant = None if run.dominant is None else run.dominant[half:]
-        run.weights = None if run.weights is None else run.weights[:, half:]
-        run.images, run.shape, run.halves = half, sample.shape, 1
-        run.rows.clear()
-        run.capturable = None
-
     def _step(self, run: Run, inputs: Inputs) -> Tensor:
         index = run.position - run.first
         if index >= len(run.plan):
@@ -349,9 +298,9 @@ class Denoiser:
         if run.strategy is None:
             run.strategy = self._strategy(run, inputs)
         gate = self._choose(run, step, inputs.sample, index)
-        everyone = self._rows(run, step, tuple(range(len(step.slots))), inputs.sample.device)
+        everyone = run.rows_of(step, tuple(range(len(step.slots))), inputs.sample.device)
         full = step.full or run.cache is None
-        deep = everyone if full else self._deep_rows(run, step, inputs.sample.device)
+        deep = everyone if full else run.deep_rows(step, inputs.sample.device)
         self._check_halves(run, inputs.sample)
         timesteps = run.timesteps[run.first : run.first + len(run.plan)]
         weights = run.weights if len(step.slots) > 1 else None
@@ -432,33 +381,6 @@ class Denoiser:
         if gate is None and config.method == "cmlora" and config.partition == "online" and index > 0:
             gate = high_frequency_share(latents, config.online_cutoff, backend=config.backend)  # for the summary
         return gate
-
-    def _rows(self, run: Run, step: Step, predictions: tuple[int, ...], device: torch.device) -> Rows:
-        """Rows of some predictions, made once per run and kept."""
-        known = tuple(step.slots[p] for p in predictions)
-        key = (len(step.slots), *known, *predictions)
-        if key not in run.rows:
-            slots = torch.tensor(known, device=device).repeat_interleave(run.images)
-            index = None
-            if len(predictions) < len(step.slots):
-                places = torch.tensor(predictions, device=device).repeat_interleave(run.images)
-                index = places * run.images + torch.arange(run.images, device=device).repeat(len(predictions))
-            run.rows[key] = Rows(slots, len(predictions), run.halves, run.images // run.halves, index, known)
-        return run.rows[key]
-
-    def _deep_rows(self, run: Run, step: Step, device: torch.device) -> Rows | None:
-        if not step.full_predictions:
-            return None
-        known = self._rows(run, step, step.refresh, device) if step.refresh else None
-        if not step.refresh_dominant:
-            return known
-        assert run.dominant is not None
-        slots = run.dominant
-        index = slots * run.images + torch.arange(run.images, device=device)
-        if known is not None:
-            assert isinstance(known.index, Tensor)
-            slots, index = torch.cat((slots, known.slots)), torch.cat((index, known.index))
-        return Rows(slots, step.full_predictions, run.halves, run.images // run.halves, index)
 
 
 def _with_base(weights: Tensor, step: Step) -> Tensor:

@@ -25,7 +25,7 @@ from cmlora.config import CMLoRAConfig
 from cmlora.denoise import Denoiser
 from cmlora.errors import ConfigError, RunError
 from cmlora.hook import installed
-from cmlora.unet import check_supported
+from cmlora.units import check_supported
 from cmlora_kernels import radial_profile
 from cmlora_kernels.radial import number_of_bins
 from cmlora_kernels.spectrum import first_high_bin

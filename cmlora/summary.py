@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from cmlora.budget import Strategy
-from cmlora.denoise import Denoiser, Record
+from cmlora.denoise import Denoiser
 from cmlora.plan import BASE
+from cmlora.run import Record
 
 
 @dataclass(frozen=True)

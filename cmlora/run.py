@@ -1,0 +1,94 @@
+"""State of one denoising run, and which rows each of its steps needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cmlora.budget import Strategy
+from cmlora.conditions import Conditions
+from cmlora.errors import RunError
+from cmlora.footprint import RunShape
+from cmlora.plan import Step
+from cmlora.rows import Rows
+
+
+@dataclass
+class Run:
+    """State of one denoising run; a new run starts with a new one."""
+
+    plan: tuple[Step, ...]
+    timesteps: Tensor  # held, so that another run's schedule cannot take its address
+    first: int  # the run's first position in the schedule (img2img starts in the middle)
+    halves: int  # of guidance that have the same latents
+    images: int  # rows of the pipeline's own batch: guidance halves x images
+    shape: torch.Size
+    position: int = -1  # of the last call
+    strategy: Strategy | None = None
+    footprint: RunShape | None = None
+    capturable: tuple[object, ...] | None = None  # what its captured steps rest on; () where it has none
+    cache: Tensor | None = None
+    conditions: Conditions | None = None
+    rows: dict[tuple[int, ...], Rows] = field(default_factory=dict)
+    dominant: Tensor | None = None  # [images], where the device chose it
+    weights: Tensor | None = None  # [predictions, images]
+    record: list[Record] = field(default_factory=list)
+
+    def shrink(self, sample: Tensor) -> None:
+        """Guidance was switched off in mid-run (diffusers' cut-off callback): the conditional half goes on."""
+        if sample.shape[1:] != self.shape[1:] or sample.shape[0] * 2 != self.images:
+            raise RunError(
+                f"the batch changed from {tuple(self.shape)} to {tuple(sample.shape)} in mid-run; only guidance that "
+                "is switched off, which halves it, can be followed"
+            )
+        half = sample.shape[0]
+        if self.cache is not None:
+            self.cache = self.cache.view(-1, self.images, *self.cache.shape[1:])[:, half:].flatten(0, 1)
+        self.dominant = None if self.dominant is None else self.dominant[half:]
+        self.weights = None if self.weights is None else self.weights[:, half:]
+        self.images, self.shape, self.halves = half, sample.shape, 1
+        self.rows.clear()
+        self.capturable = None
+
+    def rows_of(self, step: Step, predictions: tuple[int, ...], device: torch.device) -> Rows:
+        """Rows of some predictions, made once per run and kept."""
+        known = tuple(step.slots[p] for p in predictions)
+        key = (len(step.slots), *known, *predictions)
+        if key not in self.rows:
+            slots = torch.tensor(known, device=device).repeat_interleave(self.images)
+            index = None
+            if len(predictions) < len(step.slots):
+                places = torch.tensor(predictions, device=device).repeat_interleave(self.images)
+                index = places * self.images + torch.arange(self.images, device=device).repeat(len(predictions))
+            self.rows[key] = Rows(slots, len(predictions), self.halves, self.images // self.halves, index, known)
+        return self.rows[key]
+
+    def deep_rows(self, step: Step, device: torch.device) -> Rows | None:
+        """The rows that run the whole UNet in a step; None: none."""
+        if not step.full_predictions:
+            return None
+        known = self.rows_of(step, step.refresh, device) if step.refresh else None
+        if not step.refresh_dominant:
+            return known
+        assert self.dominant is not None
+        slots = self.dominant
+        index = slots * self.images + torch.arange(self.images, device=device)
+        if known is not None:
+            assert isinstance(known.index, Tensor)
+            slots, index = torch.cat((slots, known.slots)), torch.cat((index, known.index))
+        return Rows(slots, step.full_predictions, self.halves, self.images // self.halves, index)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `summary` tells of a step; tensors are read only when it is asked."""
+
+    step: Step
+    rows: int  # of the pipeline's own batch
+    halves: int  # of guidance that they are made of
+    refreshed_all: bool
+    dominant: Tensor | int | None
+    gate: Tensor | None
+    cache_bytes: int
