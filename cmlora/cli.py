@@ -108,7 +108,7 @@ def quality(
     out: Annotated[Path, typer.Option(help="Folder of the results; an interrupted run goes on.")] = Path(
         "cmlora-quality"
     ),
-    preset: Annotated[str, typer.Option(help="What to compare: methods or frontier.")] = "methods",
+    preset: Annotated[str, typer.Option(help="What to compare: methods, frontier or search.")] = "methods",
     setting: Annotated[
         list[str] | None, typer.Option(help="NAME:field=value,... of CMLoRAConfig; repeat; instead of the preset.")
     ] = None,
@@ -126,10 +126,10 @@ def quality(
 
     if half not in ("choose", "report", "all"):
         raise typer.BadParameter(f"--half must be choose, report or all, got {half!r}")
-    if preset not in ("methods", "frontier"):
-        raise typer.BadParameter(f"--preset must be methods or frontier, got {preset!r}")
+    if preset not in bed.PRESETS:
+        raise typer.BadParameter(f"--preset must be one of {', '.join(bed.PRESETS)}, got {preset!r}")
     named = dict(bed.parse_setting(text) for text in setting or ())
-    chosen = named or (bed.SETTINGS if preset == "methods" else bed.FRONTIER)
+    chosen = named or bed.PRESETS[preset]
     out.mkdir(parents=True, exist_ok=True)
     report = []
     if detector:

@@ -19,7 +19,8 @@ CacheSchedule = Literal["nonuniform", "quadratic"]
 
 @dataclass(frozen=True, kw_only=True)
 class CMLoRAConfig:
-    """How several LoRAs share one image. The defaults are the paper's method (CMLoRA, arXiv 2502.04923).
+    """How several LoRAs share one image. The method is CMLoRA's (arXiv 2502.04923); the defaults of `combine` and
+    `cache_follow` follow from measurements (csrc_docs/quality.md), combine="mean" is the paper's.
 
     Attributes:
         method: "no_lora": the base model. "merge": all adapters summed. "switch": one at a time, in turn.

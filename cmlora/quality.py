@@ -61,6 +61,22 @@ FRONTIER: dict[str, Config] = {
 }
 """Quality against cost. "mean, interval 2" is the published code's default; without a cache there is no branch."""
 
+SEARCH: dict[str, Config] = {
+    "defaults": {},
+    "features stay": {"cache_follow": False},
+    "max_cache_age 4": {"max_cache_age": 4},
+    "dominant_weight 1": {"dominant_weight": 1.0},
+    "dominant_decay 0": {"dominant_decay": 0.0},
+    "late_stage low": {"late_stage": "low"},
+    "online_gate 0": {"online_gate": 0.0},
+    "online_gate 0.6": {"online_gate": 0.6},
+    "offline": {"partition": "offline"},
+    "async": {"partition": "async"},
+}
+"""One field at a time away from the defaults."""
+
+PRESETS = {"methods": SETTINGS, "frontier": FRONTIER, "search": SEARCH}
+
 
 @dataclass(frozen=True)
 class Picture:

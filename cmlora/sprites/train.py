@@ -39,7 +39,7 @@ DETECTOR_IMAGES = 8192
 BASE = Schedule(steps=2908, lr=8e-4, warmup=100, ema=0.998)
 BASE_IMAGES, BASE_BATCH = 8192, 16
 LORA = Schedule(steps=600, lr=4e-3, warmup=20, weight_decay=0.0)
-HARD = dict.fromkeys(("dotkin", "tophat", "scarf", "neon", "sunset"), (800, 0.25)) | {"sketch": (1000, 1.0)}
+HARD = dict.fromkeys(("dotkin", "tophat", "scarf", "sunset"), (800, 0.25))
 """Steps, and `late` of Noising.loss, of LoRAs that else leave some pictures untouched; the others: LORA.steps, 0.5."""
 LORA_IMAGES, LORA_BATCH, RANK = 1024, 8, 8
 CONVOLVED = "checker"

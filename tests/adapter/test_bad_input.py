@@ -74,7 +74,7 @@ def test_contradictions_and_unknown_fields(sd):
 
 def test_interval_longer_than_the_run_refreshes_once(sd):
     want = loop(sd, lambda p: call(p, 3), interval=100)
-    with cmlora.accelerated(sd, method="composite", cache_interval=100):
+    with cmlora.accelerated(sd, method="composite", combine="mean", cache_interval=100):
         assert relative(call(sd, 3), want) < EXACT
         assert [s.rows_full for s in cmlora.summary(sd).steps] == [4, 0, 0]
 
