@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -85,7 +86,7 @@ class Picture:
     Attributes:
         loras: the combination, in the order of ROLES.
         setting: a name of the settings compared; config: its fields.
-        seed: of the scene and of the latents. steps: denoising steps.
+        seed: number of the picture of this combination and setting (`seed_of`). steps: denoising steps.
         prompt: the trigger words and words that the base model knows.
         concepts: probability of each of the LoRAs' concepts.
         present: whether all of them are above one half.
@@ -152,9 +153,14 @@ def choose_combinations(size: int, half: Half, limit: int | None = None) -> list
     return shuffled[start][:limit]
 
 
+def seed_of(loras: Sequence[str], seed: int) -> int:
+    """Of scene and latents: another one for every combination, the same for all settings."""
+    return zlib.crc32(f"{' '.join(loras)} {seed}".encode())
+
+
 def scene_of(loras: Sequence[str], seed: int) -> draw.Scenes:
     """A scene [1] with the LoRAs' concepts; what they leave open is drawn at random."""
-    scene = draw.sample(1, seed=10_000 + seed)
+    scene = draw.sample(1, seed=seed)
     for name in loras:
         scene = scene.with_concept(name)
     return scene
@@ -184,16 +190,17 @@ class Bed:
         self, loras: tuple[str, ...], setting: str, config: Config, seeds: Sequence[int], steps: int
     ) -> tuple[list[Picture], npt.NDArray[np.uint8]]:
         """Pictures of one combination with one setting, one per seed, and their records."""
-        scenes = [scene_of(loras, seed) for seed in seeds]
+        own_seeds = [seed_of(loras, seed) for seed in seeds]
+        scenes = [scene_of(loras, seed) for seed in own_seeds]
         prompts = [draw.captions(scene)[0] for scene in scenes]
         self.pipe.set_adapters([adapter_name(name) for name in loras])
         accelerate(self.pipe, **config)
         cost = (len(loras), setting, json.dumps(config, sort_keys=True), len(seeds), steps)
         began = time.perf_counter()
         if cost in self.flops:
-            made = self._call(prompts, steps, seeds)
+            made = self._call(prompts, steps, own_seeds)
         else:  # adapters weigh so little that one combination of a size stands for all
-            made, self.flops[cost] = self._counted(prompts, steps, seeds)
+            made, self.flops[cost] = self._counted(prompts, steps, own_seeds)
         seconds = (time.perf_counter() - began) / len(seeds)
         restore(self.pipe)
         pixels = (made * 255 + 0.5).astype(np.uint8)
