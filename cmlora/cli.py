@@ -95,7 +95,7 @@ def demo(
     steps: Annotated[int, typer.Option(min=2)] = 20,
     seed: int = 1,
 ) -> None:
-    """Draw the methods side by side with the shipped model: no GPU needed. Its LoRAs are not yet fully trained."""
+    """Draw the methods side by side with the shipped model: no GPU needed."""
     from cmlora.demo import run_demo
 
     for path in run_demo(out, steps, seed):
