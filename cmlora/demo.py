@@ -77,8 +77,9 @@ def run_demo(out: Path, steps: int = 20, seed: int = 1) -> Iterator[Path]:
     yield out / "methods.png"
     image = draw(pipe, roles[:4], "cmlora", steps, seed)
     told = summary(pipe)
+    text = f"{told}\n"  # while the pipeline is accelerated: the peak is computed when it is asked for
     restore(pipe)
     timeline(told, image).save(out / "run.png")
     yield out / "run.png"
-    (out / "run.txt").write_text(f"{told}\n")
+    (out / "run.txt").write_text(text)
     yield out / "run.txt"

@@ -198,9 +198,8 @@ def plot_frontier(points: Sequence[Line], path: Path) -> None:
         colour = "tab:blue" if "mean" in point.setting else "tab:orange" if "deviation" in point.setting else "tab:grey"
         score = np.array([point.concept])
         axes.errorbar([point.gflop], score[:, 0], _error(score), marker="o", color=colour, capsize=2)
-        axes.annotate(
-            point.setting, (point.gflop, point.concept[0]), fontsize=6, xytext=(4, 3), textcoords="offset points"
-        )
+        label = point.setting.replace("interval ", "i").replace("branch ", "b")
+        axes.annotate(label, (point.gflop, point.concept[0]), fontsize=6, xytext=(4, 3), textcoords="offset points")
     ahead = front(points)
     axes.plot(
         [point.gflop for point in ahead],

@@ -1,0 +1,26 @@
+"""Tables in documents are what the commands print from the committed records."""
+
+import json
+from pathlib import Path
+
+from cmlora import quality, report
+from cmlora.sprites import measure
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_the_quality_tables_are_those_of_the_records() -> None:
+    pictures = quality.read(RESULTS / "methods" / "quality.jsonl")
+    assert len(pictures) == 240
+    table = report.table(pictures)
+    assert table in (ROOT / "README.md").read_text()
+    assert table in (ROOT / "csrc_docs" / "quality.md").read_text()
+    for preset in ("search", "frontier"):
+        costs = report.cost_table(quality.read(RESULTS / preset / "quality.jsonl"))
+        assert costs in (ROOT / "csrc_docs" / "quality.md").read_text()
+
+
+def test_the_model_card_is_what_was_measured() -> None:
+    measured = json.loads((RESULTS / "sprites.json").read_text())
+    assert measure.markdown(measured) in (ROOT / "cmlora" / "sprites" / "README.md").read_text()
