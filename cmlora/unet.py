@@ -8,7 +8,7 @@ the cut is the deep part, and the feature that comes up from it is what is cache
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,12 +94,16 @@ class BatchedUNet:
             downs = [part.shallow() for part in parts]
             if deep is not None:
                 hidden, above = _joined(parts, [hidden for hidden, _ in downs]), downs[0][1][-1]
-                deeper = (Pass(self, inputs, conditions, rows, everyone, step) for rows in deep.split(at_once))
-                features: Iterable[tuple[Rows, Tensor]] = ((part.rows, part.deep(hidden, above)) for part in deeper)
-                if follow and cache is not None:
-                    features = known = list(features)
-                    _follow_base(cache, known[-1][1][-everyone.own :])
-                for rows, feature in features:
+                later = []  # what waits until the base model's feature, the last, is known
+                for rows in deep.split(at_once):
+                    feature = Pass(self, inputs, conditions, rows, everyone, step).deep(hidden, above)
+                    if follow and cache is not None:
+                        later.append((rows, feature))
+                    else:
+                        cache = self._store(feature, rows, everyone, cache)
+                if later and cache is not None:
+                    _follow_base(cache, later[-1][1][-everyone.own :])
+                for rows, feature in later:
                     cache = self._store(feature, rows, everyone, cache)
                 del hidden
             assert cache is not None  # the first step of a run is full

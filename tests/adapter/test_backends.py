@@ -41,15 +41,15 @@ def test_a_step_is_one_graph():
     context = torch.cat([given["negative_prompt_embeds"], given["prompt_embeds"]])
     sample = torch.cat([given["latents"]] * 2)
     timesteps = run.timesteps
-    everyone = denoiser._rows(run, run.plan[0], (0, 1, 2), sample.device)
-    some = denoiser._rows(run, run.plan[2], run.plan[2].refresh, sample.device)
+    everyone = run.rows_of(run.plan[0], tuple(range(len(run.plan[0].slots))), sample.device)
+    some = run.rows_of(run.plan[2], run.plan[2].refresh, sample.device)
     first = Inputs(sample, timesteps[0], context)
     conditions = batched.prepare(first, everyone, None, timesteps)
     _, cache = batched.run(first, everyone, everyone, None, conditions, 0)
 
     def step(sample, cache, deep, number):
         inputs = Inputs(sample, timesteps[number], context)
-        return batched.run(inputs, everyone, deep, cache, conditions, number)[0]
+        return batched.run(inputs, everyone, deep, cache, conditions, number, follow=deep is some)[0]
 
     for deep, number in ((None, 1), (some, 2)):
         torch.compiler.reset()
