@@ -130,7 +130,7 @@ class Conditions:
         self.plain |= {m for m in unet.modules() if _plain_resnet(m)}
         self.plain |= {unet.mid_block} if unet.mid_block is not None and unhooked(unet.mid_block) else set()
         self._keys_values: dict[tuple[nn.Module, tuple[int, ...]], tuple[Tensor, Rows]] = {}
-        self._columns: dict[nn.Module | None, slice] = {}
+        self._columns: dict[nn.Module, slice] = {}
         self.times = self._times(inputs, timesteps)
 
     def hold(self, inputs: Inputs) -> bool:
@@ -163,7 +163,8 @@ class Conditions:
         table = self._time_table(inputs, timesteps)
         if table is None:
             return None
-        parts: dict[nn.Module | None, Tensor] = {None: table}
+        # the embedding itself goes by the module that makes it: torch.compile compares no module with None
+        parts: dict[nn.Module, Tensor] = {self.unet.time_embedding: table}
         for module in self.unet.modules():
             if module in self.plain and isinstance(module, ResnetBlock2D) and module.time_emb_proj not in self.carrying:
                 parts[module] = module.time_emb_proj(table if module.skip_time_act else module.nonlinearity(table))
@@ -191,10 +192,11 @@ class Conditions:
         table: Tensor = emb if unet.time_embed_act is None else unet.time_embed_act(emb)
         return table
 
-    def time(self, resnet: Any, step: int) -> Tensor:
-        """[1 or own rows, channels] of one step, added behind a resnet's first convolution; None: the embedding."""
+    def time(self, module: Any, step: int) -> Tensor:
+        """Of one step: [1 or own rows, channels] added behind a resnet's first convolution; of the UNet's
+        time_embedding [1 or own rows, width], the embedding."""
         assert self.times is not None
-        return self.times[step][:, self._columns[resnet]]
+        return self.times[step][:, self._columns[module]]
 
     def has_time(self, resnet: Any) -> bool:
         """Whether the resnet's share of the time embedding comes from the table."""

@@ -94,10 +94,11 @@ class BatchedUNet:
             downs = [part.shallow() for part in parts]
             if deep is not None:
                 hidden, above = _joined(parts, [hidden for hidden, _ in downs]), downs[0][1][-1]
+                moving = follow and cache is not None
                 later = []  # what waits until the base model's feature, the last, is known
                 for rows in deep.split(at_once):
                     feature = Pass(self, inputs, conditions, rows, everyone, step).deep(hidden, above)
-                    if follow and cache is not None:
+                    if moving:
                         later.append((rows, feature))
                     else:
                         cache = self._store(feature, rows, everyone, cache)
@@ -285,9 +286,10 @@ class Pass:
     @functools.cached_property
     def _embedding(self) -> Tensor:
         """[rows, width] embedding of the step, for resnets that are called as they are."""
-        if self.conditions.times is not None:
-            return whole(Shared(self._own(self.conditions.time(None, self.step)), False, True), self.rows)
         unet, inputs, spread = self.unet, self.inputs, self._spread
+        if self.conditions.times is not None:
+            own = self._own(self.conditions.time(unet.time_embedding, self.step))
+            return whole(Shared(own, False, True), self.rows)
         sample = self.rows.slots.new_empty(self.rows.slots.shape[0], dtype=inputs.sample.dtype)
         timestep = spread(inputs.timestep) if inputs.timestep.numel() == self.rows.own else inputs.timestep
         emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), spread(inputs.timestep_cond))
