@@ -92,7 +92,7 @@ def generate(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.", file_okay=False)] = Path("cmlora-demo"),
-    steps: Annotated[int, typer.Option(min=2)] = 20,
+    steps: Annotated[int, typer.Option(min=2)] = 16,
     seed: int = 1,
 ) -> None:
     """Draw the methods side by side with the shipped model: no GPU needed."""

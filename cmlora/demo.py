@@ -61,7 +61,7 @@ def draw(pipe: Any, roles: Sequence[str], method: str, steps: int, seed: int, **
     return image
 
 
-def run_demo(out: Path, steps: int = 20, seed: int = 1) -> Iterator[Path]:
+def run_demo(out: Path, steps: int = 16, seed: int = 1) -> Iterator[Path]:
     """Draw the methods for two to five LoRAs at one seed, and one run of `cmlora`; yields each file once written.
 
     Args:
