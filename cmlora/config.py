@@ -19,12 +19,12 @@ CacheSchedule = Literal["nonuniform", "quadratic"]
 
 @dataclass(frozen=True, kw_only=True)
 class CMLoRAConfig:
-    """How several LoRAs share one image. The method is CMLoRA's (arXiv 2502.04923); the defaults of `combine` and
-    `cache_follow` follow from measurements (csrc_docs/quality.md), combine="mean" is the paper's.
+    """How several LoRAs share one image. The method is CMLoRA's (arXiv 2502.04923); the default of `combine`
+    follows from measurements (csrc_docs/quality.md); combine="mean" is the paper's.
 
     Attributes:
         method: "no_lora": the base model. "merge": all adapters summed. "switch": one at a time, in turn.
-            "composite": the mean of one prediction per adapter (arXiv 2402.16843). "cmlora": the same with a dominant
+            "composite": one prediction per adapter, all equal (arXiv 2402.16843). "cmlora": the same with a dominant
             adapter that rotates, and a feature cache per adapter.
         partition: what moves `cmlora` from its early to its late stage. "offline": a fixed share of the steps.
             "online": the spectrum of the latents, per image. "async": as offline, and dominance moves on its own

@@ -31,7 +31,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
     """
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # nor this
         self.device = device
         self.peak = self._live = 0
         self._fakes: dict[int, tuple[Tensor, Tensor]] = {}  # by identity, the real one held so that it stays its own

@@ -202,6 +202,7 @@ def _render(s: Scenes) -> npt.NDArray[np.uint8]:
             paint(canvas, rows)
             images[rows] = canvas.images
 
+    # mypy types no lambda with a default: each one keeps its own painter
     for name, back in BACK_PAINTERS.items():
         on_rows_with(s.back, name, lambda c, rows, f=back: f(c, tint[rows]))  # type: ignore[misc]
     for name in BODIES:

@@ -54,7 +54,7 @@ def fit(
             group["lr"] = schedule.lr_at(step)
         optimizer.zero_grad(set_to_none=True)
         loss = loss_at(step)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if schedule.ema:
