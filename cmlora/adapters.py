@@ -58,9 +58,21 @@ class AdapterBank:
         return sum(t.numel() * t.element_size() for bank in banks for t in (bank.a, bank.b, bank.scales))
 
 
+def outline(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of a model, nothing inside PEFT's layers: with many adapters those are most of all modules."""
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        yield name, module
+        if not isinstance(module, BaseTunerLayer):
+            prefix = f"{name}." if name else ""
+            children = [(prefix + key, child) for key, child in module._modules.items() if child is not None]
+            waiting += reversed(children)
+
+
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
     """Names and PEFT layers of a model, of whatever tuner."""
-    for name, module in model.named_modules():
+    for name, module in outline(model):
         if isinstance(module, BaseTunerLayer):
             yield name, module
 

@@ -20,6 +20,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from cmlora.adapters import outline
 from cmlora.layers import RowSlots, StackedProjection, carrying, unhooked
 from cmlora.rows import Rows, Shared, pick, whole
 
@@ -126,8 +127,8 @@ class Conditions:
         self.carrying = carrying(unet)
         plain = self.kwargs is None and inputs.attention_mask is None and inputs.encoder_attention_mask is None
         plain = plain and unet.encoder_hid_proj is None
-        self.plain = {m for m in unet.modules() if plain and _plain_transformer(m)}
-        self.plain |= {m for m in unet.modules() if _plain_resnet(m)}
+        self.modules = [module for _, module in outline(unet)]
+        self.plain = {m for m in self.modules if (plain and _plain_transformer(m)) or _plain_resnet(m)}
         self.plain |= {unet.mid_block} if unet.mid_block is not None and unhooked(unet.mid_block) else set()
         self._keys_values: dict[tuple[nn.Module, tuple[int, ...]], tuple[Tensor, Rows]] = {}
         self._columns: dict[nn.Module, slice] = {}
@@ -165,7 +166,7 @@ class Conditions:
             return None
         # the embedding itself goes by the module that makes it: torch.compile compares no module with None
         parts: dict[nn.Module, Tensor] = {self.unet.time_embedding: table}
-        for module in self.unet.modules():
+        for module in self.modules:
             if module in self.plain and isinstance(module, ResnetBlock2D) and module.time_emb_proj not in self.carrying:
                 parts[module] = module.time_emb_proj(table if module.skip_time_act else module.nonlinearity(table))
         ends = itertools.accumulate(part.shape[2] for part in parts.values())

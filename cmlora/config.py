@@ -58,6 +58,8 @@ class CMLoRAConfig:
             predictions; fewer than the pipeline's own batch has are an error of the call.
         memory_budget: bytes that adapters, caches and activations may take together, beside the pipeline's weights;
             what fits is chosen when a run begins (csrc_docs/engine.md). None: as fast as can be.
+        merge_weights: whether linear layers keep W + s B A of every adapter: no low-rank work in a step.
+            None: on the CPU, where they take no more memory than the UNet itself and the budget allows it.
         cuda_graphs: steps are captured and replayed as CUDA graphs, one per kind of step; an error on other devices.
         backend: "auto": Triton on CUDA and ROCm, torch elsewhere; "torch" or "triton" force one.
 
@@ -89,6 +91,7 @@ class CMLoRAConfig:
     quadratic_power: float = 1.4
     max_rows: int | None = None
     memory_budget: int | None = None
+    merge_weights: bool | None = None
     cuda_graphs: bool = False
     backend: Backend = "auto"
 
@@ -114,6 +117,8 @@ class CMLoRAConfig:
             _integer("max_cache_age", self.max_cache_age, 1, "None")
         if not isinstance(self.cache_follow, bool):
             raise ConfigError(f"cache_follow must be True or False, got {self.cache_follow!r}")
+        if self.merge_weights is not None and not isinstance(self.merge_weights, bool):
+            raise ConfigError(f"merge_weights must be True, False or None, got {self.merge_weights!r}")
         if not isinstance(self.cuda_graphs, bool):
             raise ConfigError(f"cuda_graphs must be True or False, got {self.cuda_graphs!r}")
         if self.max_rows is not None:

@@ -20,7 +20,7 @@ from cmlora.config import CMLoRAConfig
 from cmlora.errors import AdapterError, RunError
 from cmlora.footprint import RunShape, peak_of_run, predictable
 from cmlora.graphs import Capture, Captured, capture_cuda
-from cmlora.layers import RowSlots, install, problems, stack_projections, uninstall
+from cmlora.layers import Mergeable, MergedBank, RowSlots, install, mergeable, problems, stack_projections, uninstall
 from cmlora.plan import BASE, Step, make_plan, order_adapters
 from cmlora.run import Record, Run
 from cmlora.unet import BatchedUNet
@@ -64,6 +64,8 @@ class Denoiser:
         self.capture: Capture = capture_cuda
         self._captured: Captured | None = None
         self._captured_key: object = None
+        self._merging = False
+        self._mergeable_now: list[Mergeable] | None = None
         self.is_open = False
         self.run: Run | None = None
         self.last_run: Run | None = None
@@ -84,6 +86,7 @@ class Denoiser:
     def open(self) -> None:
         """Put the batched forward on the LoRA layers."""
         self.run, self.is_open = None, True
+        self._merging, self._mergeable_now = False, None
         install(self.bank, self.row_slots, self.config.backend)
         self._stack(self.config.memory_budget is None)  # with a budget, a run's strategy says
 
@@ -95,6 +98,9 @@ class Denoiser:
 
     def _stack(self, wanted: bool) -> None:
         """Have the copies of q, k and v, or not."""
+        if bool(self.batched.stacked) != wanted:
+            self._merge(False)
+            self._mergeable_now = None
         if not wanted:
             self.batched.stacked = {}
             self._captured = None
@@ -103,6 +109,29 @@ class Denoiser:
             self._captured = None
             for projection in self.batched.stacked.values():
                 projection.fill()
+
+    def _mergeable(self) -> list[Mergeable]:
+        if self._mergeable_now is None:
+            self._mergeable_now = list(mergeable(self.unet, self.batched.stacked))
+        return self._mergeable_now
+
+    def _merge(self, wanted: bool) -> None:
+        """Have merged weights of the linear layers, made anew where an adapter changed, or none."""
+        if not wanted and not self._merging:
+            return
+        self._merging = wanted
+        for layer, weight, bank in self._mergeable():
+            if not wanted:
+                layer.merged = None
+            elif layer.merged is None:
+                layer.merged = MergedBank(weight, bank)
+            else:
+                layer.merged.renew()
+
+    @property
+    def _merged_bytes(self) -> int:
+        """Memory that merged weights take, or would take."""
+        return sum(MergedBank.bytes_of(weight, bank) for _, weight, bank in self._mergeable())
 
     def refresh_bank(self, scale: float) -> None:
         """Take over what PEFT's layers hold now; stack them anew if adapters, ranks or the device changed."""
@@ -120,11 +149,14 @@ class Denoiser:
             projection.fill()
             projection.seen = None
         self._scale = scale
+        if self._merging:
+            self._merge(True)
 
     @property
     def adapter_bytes(self) -> int:
         """Memory of all that is stacked."""
-        return self.bank.bytes + sum(projection.bytes for projection in self.batched.stacked.values())
+        merged = self._merged_bytes if self._merging else 0
+        return self.bank.bytes + merged + sum(projection.bytes for projection in self.batched.stacked.values())
 
     @property
     def _device(self) -> torch.device:
@@ -138,7 +170,9 @@ class Denoiser:
         triton = self.config.backend == "triton" or (self.config.backend == "auto" and device.type == "cuda")
         ran = list(problems(self.unet, self.batched.stacked))
         if not triton:
-            return {"definition": len(ran)} if ran else {}
+            merged = sum(layer.seen is not None for layer, _, _ in self._mergeable()) if self._merging else 0
+            counts = {"merged": merged, "definition": len(ran) - merged}
+            return {name: count for name, count in counts.items() if count}
         return dict(collections.Counter(tiles.choose(problem, arch_of(device)).strategy for problem in ran))
 
     def _key(self) -> tuple[object, ...]:
@@ -250,15 +284,26 @@ class Denoiser:
             )
         run.footprint = RunShape.of(inputs, run.plan, run.halves)
         predictions = max(len(step.slots) for step in run.plan)
-        candidates = strategies(predictions, None if most is None else most // run.images)
+        candidates = strategies(predictions, None if most is None else most // run.images, merge=self._may_merge)
         if budget is None:
+            self._merge(candidates[0].merge)
             return candidates[0]
         if not predictable(self.unet):
             raise RunError("memory_budget needs a UNet without hooks and attention processors of one's own")
         strategy = choose(candidates, lambda candidate: self._peak(run, candidate), budget)
         self._stack(strategy.stack)
         self.batched.keep_prompt = strategy.keep_prompt
+        self._merge(strategy.merge)
         return strategy
+
+    @property
+    def _may_merge(self) -> bool:
+        """On the CPU low-rank updates cost many small operations; merged weights none, up to the UNet's own size."""
+        if self.config.merge_weights is not None:
+            return self.config.merge_weights
+        if self._device.type != "cpu" or self.config.backend == "triton":
+            return False
+        return self._merged_bytes <= sum(int(p.nbytes) for p in self.unet.parameters())
 
     def predicted_peak(self) -> int | None:
         """Bytes that the last run takes beside the pipeline's weights; None where that cannot be told."""
@@ -271,7 +316,8 @@ class Denoiser:
         assert run.footprint is not None
         key = (run.footprint.key, strategy)
         if key not in self._peaks:
-            self._peaks[key] = self.bank.bytes + peak_of_run(self.batched, run.footprint, strategy)
+            merged = self._merged_bytes if strategy.merge else 0
+            self._peaks[key] = self.bank.bytes + merged + peak_of_run(self.batched, run.footprint, strategy)
         return self._peaks[key]
 
     def _halves(self, sample: Tensor) -> int:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmlora.adapters import AdapterBank, LayerBank
+from cmlora.adapters import AdapterBank, LayerBank, outline
 from cmlora.errors import AdapterError, RunError
-from cmlora_kernels import multi_lora_add_, multi_lora_conv2d, multi_lora_linear
+from cmlora_kernels import merge_weights, merged_linear, multi_lora_add_, multi_lora_conv2d, multi_lora_linear
 from cmlora_kernels.tiles import Problem
 
 
@@ -50,6 +50,7 @@ class _MultiLora:
         self.rows = rows
         self.backend: Any = backend
         self.seen: tuple[int, int] | None = None  # rows and tokens of the last batch
+        self.merged: MergedBank | None = None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.rows.by_count is None:
@@ -72,13 +73,50 @@ class MultiLoraLinear(_MultiLora):
         base = self.base
         tokens = x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
         self.seen = (tokens.shape[0], tokens.shape[1])
-        if _computes_plainly(base, nn.Linear):
+        if self.merged is not None:
+            y = merged_linear(tokens, self.merged.weights, base.bias, slots, backend=self.backend)
+        elif _computes_plainly(base, nn.Linear):
             y = multi_lora_linear(
                 tokens, base.weight, base.bias, slots, bank.a, bank.b, bank.scales, backend=self.backend
             )
         else:
             y = multi_lora_add_(base(tokens), tokens, slots, bank.a, bank.b, bank.scales, backend=self.backend)
         return y if x.ndim == 3 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+class MergedBank:
+    """W + s B A of every adapter of a layer, and W: a linear layer then picks its weight by slot.
+
+    Args:
+        weight: [out, in] of the base layer.
+        bank: of its adapters.
+    """
+
+    def __init__(self, weight: Tensor, bank: LayerBank) -> None:
+        self.weight, self.bank = weight, bank
+        self.weights = merge_weights(weight, bank.a, bank.b, bank.scales)
+        self._of = self._now()
+
+    def renew(self) -> None:
+        """Merge again if a value has changed since; they are compared, since PEFT's hot swap leaves no trace."""
+        of = (self.bank.a, self.bank.b, self.bank.scales)
+        if self.weight._version != self._of[1] or not all(map(torch.equal, of, self._of[0])):
+            self.weights.copy_(merge_weights(self.weight, *of))
+            self._of = self._now()
+
+    def _now(self) -> tuple[list[Tensor], int]:
+        return [t.clone() for t in (self.bank.a, self.bank.b, self.bank.scales)], self.weight._version
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the copies."""
+        return self.bytes_of(self.weight, self.bank)
+
+    @staticmethod
+    def bytes_of(weight: Tensor, bank: LayerBank) -> int:
+        """Memory that one takes."""
+        copies = (bank.a, bank.b, bank.scales)
+        return (bank.a.shape[0] + 1) * weight.nbytes + sum(t.nbytes for t in copies)
 
 
 class MultiLoraConv2d(_MultiLora):
@@ -115,11 +153,14 @@ class StackedProjection:
         self.rows = rows
         self.backend: Any = backend
         self.seen: tuple[int, int] | None = None
+        self.merged: MergedBank | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, tokens, in] -> [rows, tokens, 3 * out]."""
         self.seen = (x.shape[0], x.shape[1])
         bank, slots = self.bank, self.rows.find(x.shape[0])
+        if self.merged is not None:
+            return merged_linear(x, self.merged.weights, self.bias, slots, backend=self.backend)
         return multi_lora_linear(x, self.weight, self.bias, slots, bank.a, bank.b, bank.scales, backend=self.backend)
 
     def fill(self) -> None:
@@ -151,7 +192,7 @@ def _stack_parts(banks: Sequence[LayerBank | None]) -> LayerBank:
 def stack_projections(model: nn.Module, rows: RowSlots, backend: str) -> dict[nn.Module, StackedProjection]:
     """For every attention whose q, k and v are plain linear layers of one width, at least one with an adapter."""
     stacked = {}
-    for module in model.modules():
+    for _, module in outline(model):
         layers = [getattr(module, name, None) for name in ("to_q", "to_k", "to_v")]
         forwards = [f for f in map(_forward_of, layers) if isinstance(f, MultiLoraLinear)]
         if len(forwards) < 3 or any(f.layer._forward_hooks or f.layer._forward_pre_hooks for f in forwards):
@@ -165,9 +206,37 @@ def stack_projections(model: nn.Module, rows: RowSlots, backend: str) -> dict[nn
     return stacked
 
 
+Mergeable = tuple[MultiLoraLinear | StackedProjection, Tensor, LayerBank]
+"""A layer whose weights can be merged, its base weight and its adapters."""
+
+
+def mergeable(model: nn.Module, stacked: dict[nn.Module, StackedProjection]) -> Iterator[Mergeable]:
+    """The linear layers that run in every step, as they run: q, k and v of a self-attention as one where stacked.
+
+    Keys and values of the prompt are not among them: they run once.
+    """
+    for projection in stacked.values():
+        yield projection, projection.weight, projection.bank
+    passed_by: set[object] = set()
+    for _, module in outline(model):
+        layers = [getattr(module, name, None) for name in ("to_q", "to_k", "to_v")]
+        if module in stacked:
+            passed_by |= set(layers)
+        elif getattr(module, "is_cross_attention", False):
+            passed_by |= set(layers[1:])
+        forward = _forward_of(module)
+        if (
+            isinstance(forward, MultiLoraLinear)
+            and forward.bank is not None
+            and module not in passed_by
+            and _computes_plainly(forward.base, nn.Linear)
+        ):
+            yield forward, forward.base.weight, forward.bank
+
+
 def problems(model: nn.Module, stacked: dict[nn.Module, StackedProjection]) -> Iterator[Problem]:
     """The linear problems that ran last, one per launch, as the kernels' cost model takes them."""
-    ran = [f for m in model.modules() if isinstance(f := _forward_of(m), MultiLoraLinear) and f.seen is not None]
+    ran = [f for _, m in outline(model) if isinstance(f := _forward_of(m), MultiLoraLinear) and f.seen is not None]
     for bank, seen, bias in (
         *((f.bank, f.seen, f.base.bias) for f in ran),
         *((projection.bank, projection.seen, projection.bias) for projection in stacked.values()),
@@ -180,7 +249,7 @@ def problems(model: nn.Module, stacked: dict[nn.Module, StackedProjection]) -> I
 @contextmanager
 def unseen(model: nn.Module) -> Iterator[None]:
     """What runs inside leaves no trace in `problems`."""
-    seen = {forward: forward.seen for forward in map(_forward_of, model.modules()) if forward is not None}
+    seen = {forward: forward.seen for _, m in outline(model) if (forward := _forward_of(m)) is not None}
     try:
         yield
     finally:
@@ -190,7 +259,7 @@ def unseen(model: nn.Module) -> Iterator[None]:
 
 def carrying(model: nn.Module) -> set[nn.Module]:
     """Every layer that an adapter of the batch changes, and all modules that it lies in."""
-    modules = dict(model.named_modules())
+    modules = dict(outline(model))
     found = set()
     for name, module in modules.items():
         forward = _forward_of(module)

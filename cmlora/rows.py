@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cmlora_kernels.layout import dense_format
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -60,7 +62,19 @@ def pick(x: Tensor, index: Tensor | slice | None) -> Tensor:
     """The rows of x that `Rows.index` names; a view where they are neighbours."""
     if index is None:
         return x
-    return x[index] if isinstance(index, slice) else x.index_select(0, index)
+    if isinstance(index, slice):
+        return x[index]
+    return _from_memory(_in_memory(x).index_select(0, index), x)
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """x with its dimensions in the order of memory: a copy of it by rows then keeps its format."""
+    return x.movedim(-3, -1) if x.ndim == 4 and dense_format(x) is torch.channels_last else x
+
+
+def _from_memory(y: Tensor, x: Tensor) -> Tensor:
+    """The way back, x being what went in; rows that were only repeated are written out."""
+    return y.contiguous().movedim(-1, -3) if x.ndim == 4 and dense_format(x) is torch.channels_last else y
 
 
 @dataclass(frozen=True)
@@ -88,8 +102,10 @@ def lift(x: Shared, rows: Rows, *, by_prediction: bool = False, by_half: bool = 
     """Give `x` rows of its own for every prediction, every half, where asked for."""
     p, q = x.by_prediction or by_prediction, x.by_half or by_half
     if (p and not x.by_prediction and rows.predictions > 1) or (q and not x.by_half and rows.halves > 1):
-        shape = (rows.predictions if p else 1, rows.halves if q else 1, rows.images, *x.value.shape[1:])
-        return Shared(grid(x, rows).expand(shape).reshape(-1, *x.value.shape[1:]), p, q)
+        one = Shared(_in_memory(x.value), x.by_prediction, x.by_half)
+        shape = (rows.predictions if p else 1, rows.halves if q else 1, rows.images, *one.value.shape[1:])
+        many = grid(one, rows).expand(shape).reshape(-1, *one.value.shape[1:])
+        return Shared(_from_memory(many, x.value), p, q)
     return Shared(x.value, p, q)
 
 
@@ -110,6 +126,10 @@ def concat(x: Tensor, y: Shared, rows: Rows) -> Tensor:
     """x [all rows, channels, ...] and y over channels, y's rows repeated in passing."""
     if x.shape[0] == y.value.shape[0]:
         return torch.cat([x, y.value], 1)
+    channels = 5 if dense_format(x, y.value) is torch.channels_last else 3
+    if channels == 5:
+        x, y = _in_memory(x), Shared(_in_memory(y.value), y.by_prediction, y.by_half)
     left = x.view(rows.predictions, rows.halves, rows.images, *x.shape[1:])
     right = grid(y, rows).expand(*left.shape[:3], *y.value.shape[1:])
-    return torch.cat([left, right], 3).flatten(0, 2)
+    joined = torch.cat([left, right], channels).flatten(0, 2)
+    return joined.movedim(-1, -3) if channels == 5 else joined

@@ -11,7 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmlora.conditions import Conditions
+from cmlora.layers import unhooked
 from cmlora.rows import Rows, Shared, add, lift
+
+FEW_PIXELS, LARGE_WEIGHT = 384, 2**20
+"""On the CPU, where a convolution is a GEMM over patches: at most so many pixels, at least so many weights."""
 
 
 def plain_resnet(module: Any, x: Shared, conditions: Conditions, step: int, rows: Rows) -> Shared:
@@ -19,17 +23,33 @@ def plain_resnet(module: Any, x: Shared, conditions: Conditions, step: int, rows
     carrying = module in conditions.carrying
     bias = conditions.time(module, step)
     x = lift(x, rows, by_prediction=carrying, by_half=bias.shape[0] > 1)
-    hidden = module.conv1(module.nonlinearity(module.norm1(x.value)))
+    hidden = _convolve(module.conv1, module.nonlinearity(module.norm1(x.value)))
     if bias.shape[0] == 1:
         hidden = hidden + bias[:, :, None, None]
     else:
         hidden = (hidden.view(-1, bias.shape[0], *hidden.shape[1:]) + bias[:, :, None, None]).flatten(0, 1)
-    hidden = module.conv2(module.dropout(module.nonlinearity(module.norm2(hidden))))
+    hidden = _convolve(module.conv2, module.dropout(module.nonlinearity(module.norm2(hidden))))
     shortcut = x.value if module.conv_shortcut is None else module.conv_shortcut(x.value)
     hidden = shortcut + hidden
     if module.output_scale_factor != 1:
         hidden = hidden / module.output_scale_factor
     return Shared(hidden, x.by_prediction, x.by_half)
+
+
+def _convolve(layer: Any, x: Tensor) -> Tensor:
+    """A 3x3 convolution; on the CPU as one GEMM over patches where a weight is large beside the pixels.
+
+    oneDNN lays a convolution's weight anew at every call, which takes longer than the convolution itself then.
+    """
+    rows, channels, height, width = x.shape
+    few = x.device.type == "cpu" and rows * height * width <= FEW_PIXELS and layer.weight.numel() >= LARGE_WEIGHT
+    if not few or not unhooked(layer) or layer.kernel_size != (3, 3) or layer.stride != (1, 1):
+        out: Tensor = layer(x)
+        return out
+    patches = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # [rows, channels, height, width, 3, 3]
+    flat = patches.permute(0, 2, 3, 1, 4, 5).reshape(rows * height * width, channels * 9)
+    tokens = F.linear(flat, layer.weight.flatten(1), layer.bias)
+    return tokens.view(rows, height, width, -1).permute(0, 3, 1, 2)
 
 
 def plain_transformer(module: Any, x: Shared, conditions: Conditions, rows: Rows, everyone: Rows) -> Shared:
@@ -108,4 +128,5 @@ def _to_tokens(x: Tensor) -> Tensor:
 
 
 def _to_map(x: Tensor, height: int, width: int) -> Tensor:
-    return x.view(x.shape[0], height, width, -1).permute(0, 3, 1, 2).contiguous()
+    out = x.view(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
+    return out if x.device.type == "cpu" else out.contiguous()

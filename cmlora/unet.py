@@ -165,6 +165,8 @@ class Pass:
         unet, inputs = self.unet, self.inputs
         sample = inputs.sample[: self.rows.images]  # the halves, where there are several, are alike
         sample = 2 * sample - 1.0 if unet.config.center_input_sample else sample
+        if sample.device.type == "cpu":  # convolutions and norms keep the format, and tokens are then a view of it
+            sample = sample.contiguous(memory_format=torch.channels_last)
         x = self._lifted(unet.conv_in, Shared(sample, False, False))
         return Shared(unet.conv_in(x.value), x.by_prediction, x.by_half)
 
@@ -174,7 +176,7 @@ class Pass:
         if unet.conv_norm_out:
             hidden = unet.conv_act(unet.conv_norm_out(hidden))
         noise: Tensor = unet.conv_out(hidden)
-        return noise
+        return noise.contiguous()
 
     def down(self, units: Sequence[DownUnit], x: Shared) -> list[Shared]:
         """The units' outputs, the first entry being what goes in."""

@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from cmlora.adapters import outline
 from cmlora.errors import ConfigError, UnsupportedModelError
 
 BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
@@ -91,7 +92,8 @@ def check_supported(unet: Any) -> None:
         value = unet.config.get(name, allowed[0])
         if value not in allowed:
             raise UnsupportedModelError(f"this UNet's {name} is {value!r}; supported are {allowed}")
-    processors = {type(m.get_processor()).__name__ for m in unet.modules() if hasattr(m, "get_processor")}
+    modules: list[Any] = [module for _, module in outline(unet)]
+    processors = {type(m.get_processor()).__name__ for m in modules if hasattr(m, "get_processor")}
     if any(name.startswith("PAG") for name in processors):
         raise UnsupportedModelError(
             "PAG processors split the batch; use a pipeline without perturbed-attention guidance"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cmlora_kernels import merged_bank as _registers_one  # noqa: F401
 from cmlora_kernels import multi_lora as _registers_the_ops  # noqa: F401
 
 Shape = tuple[int, ...]
@@ -47,9 +48,14 @@ def _conv2d(
     return 2 * rows * height * width * (outer * math.prod(weight[1:]) + math.prod(a[1:]) + b[2] * outer)
 
 
+def _merged(x: Shape, bank: Shape, *rest: Any, **named: Any) -> int:
+    return 2 * math.prod(x) * bank[1]
+
+
 FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.cmlora_kernels.multi_lora_linear: _linear,
     torch.ops.cmlora_kernels.multi_lora_add_: _update,
     torch.ops.cmlora_kernels.multi_lora_conv2d: _conv2d,
+    torch.ops.cmlora_kernels.merged_linear: _merged,
 }
 """Op -> formula over the shapes of its arguments."""

@@ -6,15 +6,20 @@ No LoRA work at all while memory lasts: the second strategy beside `multi_lora_l
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cmlora_kernels.dispatch import Backend, check_backend, register, use_triton
 from cmlora_kernels.launch import POINTER, Launch, arch_of
 from cmlora_kernels.primitives import grouped_tile, load_2d
 from cmlora_kernels.tiles import Problem, cdiv, dot_precision, linear_tile, supports
 from cmlora_kernels.triton_shim import tl, triton
+
+SMALL = 2**24
+"""Multiplications of a GEMM on the CPU below which several cost less in one call, above it less one by one."""
 
 
 @triton.jit
@@ -135,9 +140,35 @@ def merge_weights(weight: Tensor, a: Tensor, b: Tensor, scales: Tensor) -> Tenso
 
 
 def merged_definition(x: Tensor, bank: Tensor, bias: Tensor | None, slots: Tensor) -> Tensor:
-    """`merged_linear` in plain torch."""
-    weight = bank[torch.where(slots < 0, bank.shape[0] - 1, slots)].transpose(1, 2)
+    """`merged_linear` in plain torch. On the CPU, where slots can be read, neighbours of one slot are one GEMM."""
+    last = bank.shape[0] - 1
+    if x.device.type == "cpu":
+        return _by_runs(x, bank, bias, [last if slot < 0 else slot for slot in slots.tolist()])
+    weight = bank[torch.where(slots < 0, last, slots)].transpose(1, 2)
     return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+
+
+def _by_runs(x: Tensor, bank: Tensor, bias: Tensor | None, slots: list[int]) -> Tensor:
+    """No weight is copied, as one gathered per row would be."""
+    runs = [(slot, len(list(rows))) for slot, rows in itertools.groupby(slots)]
+    if len(runs) == 1:
+        return F.linear(x, bank[runs[0][0]], bias)
+    in_order = [slot for slot, _ in runs] == list(range(len(runs))) and len({count for _, count in runs}) == 1
+    if in_order and x.numel() * bank.shape[1] < SMALL * len(runs):
+        tokens, weight = x.reshape(len(runs), -1, x.shape[2]), bank[: len(runs)].transpose(1, 2)
+        y = torch.bmm(tokens, weight) if bias is None else torch.baddbmm(bias, tokens, weight)
+        return y.view(*x.shape[:2], -1)
+    y = x.new_empty((*x.shape[:2], bank.shape[1]))
+    first = 0
+    for slot, count in runs:
+        tokens, out = x[first : first + count].flatten(0, 1), y[first : first + count].flatten(0, 1)
+        weight = bank[slot].t()
+        if bias is None:
+            torch.mm(tokens, weight, out=out)
+        else:
+            torch.addmm(bias, tokens, weight, out=out)
+        first += count
+    return y
 
 
 def _merged_body(x: Tensor, bank: Tensor, bias: Tensor | None, slots: Tensor, backend: str) -> Tensor:

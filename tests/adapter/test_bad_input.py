@@ -43,6 +43,7 @@ def sd():
         ("switch_step", [0, "5"]),
         ("max_rows", [0, 1.5, True]),
         ("cuda_graphs", [1, "auto"]),
+        ("merge_weights", [2, "auto"]),
         ("memory_budget", [0, 1e9, "6GB"]),
         ("quadratic_interval", [0, 2.0]),
         ("quadratic_center", [-0.1, 1.1]),

@@ -100,7 +100,9 @@ def test_torchs_flop_counter_sees_our_ops(pattern):
         return counter.get_total_flops()
 
     want = flops()
-    with cmlora.accelerated(pipe, method="merge", cache_interval=1):
+    with cmlora.accelerated(pipe, method="merge", cache_interval=1, merge_weights=False):
         got = flops()
+    with cmlora.accelerated(pipe, method="merge", cache_interval=1, merge_weights=True):
+        assert 0.8 * want < flops() < got
     # the prompt's keys and values, and the time embeddings, are computed once instead of twice
     assert 0.95 * want < got <= want

@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import cmlora_kernels.multi_lora as ops
-from cmlora_kernels import merge_weights, merged_linear, multi_lora_add_, multi_lora_conv2d, multi_lora_linear
+from cmlora_kernels import (
+    merge_weights,
+    merged_bank,
+    merged_linear,
+    multi_lora_add_,
+    multi_lora_conv2d,
+    multi_lora_linear,
+)
 from cmlora_kernels.merged_bank import merged_definition
 from cmlora_kernels.multi_lora_add import triton_add
 from cmlora_kernels.multi_lora_linear import fused_linear
@@ -123,6 +130,17 @@ def test_merged_bank(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     )
     rounding = torch.finfo(dtype).eps * np.abs(exact).max() * c.x.shape[2] ** 0.5
     assert np.abs(exact - expected(c)).max() <= rounding  # the bank's own: W + dW is rounded once
+
+
+@pytest.mark.parametrize("small", [0, 2**24], ids=["one by one", "together"])
+@pytest.mark.parametrize("slots", [[0, 0, 1, 1, 2, 2], [2, 2, -1, 0, 0, 0], [1] * 6], ids=str)
+def test_merged_bank_on_the_cpu_by_neighbours_of_one_slot(slots: list[int], small: int, monkeypatch) -> None:
+    monkeypatch.setattr(merged_bank, "SMALL", small)
+    x, bank = torch.randn(6, 7, 20), torch.randn(4, 12, 20)
+    for bias in (None, torch.randn(12)):
+        got = merged_definition(x, bank, bias, torch.tensor(slots))
+        exact = torch.einsum("rti,roi->rto", x.double(), bank.double()[slots]) + (0 if bias is None else bias.double())
+        assert (got - exact).abs().max() <= 20**0.5 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("adapters", [1, 2, 3, 4, 5])
