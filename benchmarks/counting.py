@@ -49,6 +49,7 @@ class Op:
         flops: multiplications and additions (2 per multiply-add) on unpadded sizes; elementwise work is not counted.
         work: the flops that the matrix units really do, whole tiles.
         unit: whose matrix kernel it is: cuBLAS's or cuDNN's, ours, the flash-attention kernel; "none" is elementwise.
+        problem: the layer of a multi-LoRA launch; the adapters are those that its rows can name.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Op:
     flops: int = 0
     work: int = 0
     unit: Unit = "none"
+    problem: Problem | None = None
 
 
 class Operations(TorchDispatchMode):
@@ -152,8 +154,8 @@ def _moved(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
     return sum(map(_bytes, read)) + sum(map(_bytes, written))
 
 
-def _kernel(launch: Launch, work: int = 0) -> Op:
-    return Op(launch.name, launch.unique_bytes, launch.flops, work, "triton" if work else "none")
+def _kernel(launch: Launch, work: int = 0, problem: Problem | None = None) -> Op:
+    return Op(launch.name, launch.unique_bytes, launch.flops, work, "triton" if work else "none", problem)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Any, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, _: str) -> Any:
@@ -166,7 +168,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Any, slots: Tensor, a: Tensor, b: T
             launch = linear_launch(used, arch)
             tile, inner = launch.constexprs, p.inner
             m, n, r = (tile[f"BLOCK_{axis}"] for axis in "MNR")
-            yield _kernel(launch, 2 * math.prod(launch.grid) * m * (inner * (n + r) + r * n))
+            yield _kernel(launch, 2 * math.prod(launch.grid) * m * (inner * (n + r) + r * n), used)
             return
         if strategy != "add":
             raise ValueError(f"rank must be one that the kernels serve on {arch}, got {p.rank}")
@@ -176,7 +178,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Any, slots: Tensor, a: Tensor, b: T
         yield Op("linear", moved, base, base, "library")
         launch = add_launch(used, arch)
         tile, piece = launch.constexprs, int(launch.scalars["piece"])
-        yield _kernel(launch, 2 * math.prod(launch.grid) * tile["BLOCK_M"] * tile["BLOCK_R"] * (p.inner + piece))
+        yield _kernel(launch, 2 * math.prod(launch.grid) * tile["BLOCK_M"] * tile["BLOCK_R"] * (p.inner + piece), used)
 
     return kernels
 

@@ -18,6 +18,7 @@ from tests.models import Sequential, sd_pipe, sd_unet, sdxl_pipe, sdxl_unet
 
 GUIDANCE, INTERVAL, IMAGES, PROMPT_TOKENS = 7.5, 2, 1, 77
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,17 @@ class MetaPipe:
         model: key of MODELS.
         adapters: how many LoRAs it carries.
         rank: of each.
+        targets: the layers that they change.
     """
 
-    def __init__(self, model: str, adapters: int, rank: int = 16) -> None:
+    def __init__(self, model: str, adapters: int, rank: int = 16, targets: Sequence[str] = ATTENTION) -> None:
         self.model = MODELS[model]
         with torch.device("meta"):
             unet = self.model.unet(**self.model.config)
         # the last one is a background: low frequency, so that the device has to decide who dominates
         self._names = [*(f"character_{i}" for i in range(adapters - 1)), "background"]
         for name in self._names:
-            unet.add_adapter(LoraConfig(r=rank, target_modules=list(ATTENTION)), adapter_name=name)
+            unet.add_adapter(LoraConfig(r=rank, target_modules=list(targets)), adapter_name=name)
         self.pipe = self.model.pipe(unet.half())
         self.pipe._guidance_scale = GUIDANCE  # the pipeline's call sets it
 

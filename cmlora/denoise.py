@@ -332,7 +332,11 @@ class Denoiser:
         """Watch on the device that the halves stay alike, bit for bit (NaN equals NaN)."""
         if run.halves == 2:
             first, second = sample.view(BITS[sample.element_size()]).chunk(2)
-            torch._assert_async((first == second).all(), "the guidance halves of the batch parted in mid-run")
+            if run.alike is None:
+                run.alike = (torch.empty_like(first, dtype=torch.bool), sample.new_empty((), dtype=torch.bool))
+            same, all_same = run.alike
+            torch.all(torch.eq(first, second, out=same), out=all_same)
+            torch._assert_async(all_same, "the guidance halves of the batch parted in mid-run")
 
     def _step(self, run: Run, inputs: Inputs) -> Tensor:
         index = run.position - run.first

@@ -29,6 +29,7 @@ class Run:
     strategy: Strategy | None = None
     footprint: RunShape | None = None
     capturable: tuple[object, ...] | None = None  # what its captured steps rest on; () where it has none
+    alike: tuple[Tensor, Tensor] | None = None  # whether the halves are: per element, and in all; written every step
     cache: Tensor | None = None
     conditions: Conditions | None = None
     rows: dict[tuple[int, ...], Rows] = field(default_factory=dict)
