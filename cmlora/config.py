@@ -59,7 +59,7 @@ class CMLoRAConfig:
         memory_budget: bytes that adapters, caches and activations may take together, beside the pipeline's weights;
             what fits is chosen when a run begins (csrc_docs/engine.md). None: as fast as can be.
         merge_weights: whether linear layers keep W + s B A of every adapter: no low-rank work in a step.
-            None: on the CPU, where they take no more memory than the UNet itself and the budget allows it.
+            None: on the CPU in float32, where they take no more memory than the UNet and the budget allows it.
         cuda_graphs: steps are captured and replayed as CUDA graphs, one per kind of step; an error on other devices.
         backend: "auto": Triton on CUDA and ROCm, torch elsewhere; "torch" or "triton" force one.
 

@@ -303,6 +303,8 @@ class Denoiser:
             return self.config.merge_weights
         if self._device.type != "cpu" or self.config.backend == "triton":
             return False
+        if any(weight.dtype != torch.float32 for _, weight, _ in self._mergeable()):
+            return False  # rounded to W's few bits, W + s B A loses much of what the adapter adds
         return self._merged_bytes <= sum(int(p.nbytes) for p in self.unet.parameters())
 
     def predicted_peak(self) -> int | None:

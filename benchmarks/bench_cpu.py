@@ -1,0 +1,55 @@
+"""What the CPU path does differently (csrc_docs/engine.md), each thing against being without it; on the CPU only.
+
+pytest benchmarks/bench_cpu.py -s
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from harness import compare_calls
+from torch import Tensor, nn
+
+import cmlora
+from cmlora import transformer
+from tests.models import ATTENTION, call, relative, three_adapters
+
+ROWS = 2  # the dominant adapter's, with guidance
+LAYERS = [(320, 32), (640, 16), (1280, 8), (1280, 4)]
+"""Channels and side of SD1.5's levels at 256 px."""
+
+
+def compare(case: str, ours: Callable[[], Tensor], rival: Callable[[], Tensor]) -> None:
+    with torch.no_grad():
+        error = relative(ours(), rival())
+        assert error < 1e-4, f"{case}: differs by {error:.1e}: not timed"
+        compare_calls(case, ours, rival, error, pairs=7)
+
+
+def test_merged_weights(benchmark) -> None:
+    pipes = [three_adapters(ATTENTION), three_adapters(ATTENTION)]
+    for pipe, merge in zip(pipes, (True, False), strict=True):
+        cmlora.accelerate(pipe, merge_weights=merge)
+    compare("small UNet, 3 LoRAs: merged weights", *(lambda pipe=pipe: call(pipe, 6) for pipe in pipes))
+    benchmark.pedantic(lambda: call(pipes[0], 6), rounds=1)
+
+
+@pytest.mark.parametrize(("channels", "side"), LAYERS)
+def test_channels_innermost(benchmark, channels: int, side: int) -> None:
+    layer, x = nn.Conv2d(channels, channels, 3, padding=1), torch.randn(3 * ROWS, channels, side, side)
+    last = x.contiguous(memory_format=torch.channels_last)
+    case = f"3x3 convolution, {3 * ROWS} rows of {channels} x {side} x {side}: channels innermost"
+    compare(case, lambda: layer(last), lambda: layer(x))
+    benchmark.pedantic(lambda: layer(last), rounds=1)
+
+
+@pytest.mark.parametrize(("channels", "side"), LAYERS)
+def test_gemm_over_patches(benchmark, monkeypatch, channels: int, side: int) -> None:
+    monkeypatch.setattr(transformer, "FEW_PIXELS", 10**9)
+    layer = nn.Conv2d(channels, channels, 3, padding=1)
+    x = torch.randn(ROWS, channels, side, side).contiguous(memory_format=torch.channels_last)
+    case = f"3x3 convolution, {ROWS} rows of {channels} x {side} x {side}: a GEMM over patches"
+    compare(case, lambda: transformer._convolve(layer, x), lambda: layer(x))
+    benchmark.pedantic(lambda: layer(x), rounds=1)
