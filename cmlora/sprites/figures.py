@@ -217,13 +217,14 @@ def _edges(images: Floats) -> Floats:
 
 
 def _sketch(images: Floats) -> Floats:
-    """Pencil on paper: pale colours, dark contours, hatching where the picture is dark."""
-    light = images.mean(-1, keepdims=True)
-    row, col = np.mgrid[0:SIZE, 0:SIZE]
-    hatch = (np.abs((row + col) % 6 - 3) < 1.5).astype(np.float32)[None, :, :, None]
-    paper = 0.45 * images + 0.55 * _rgb(0.97, 0.95, 0.90)
-    drawn = paper - 0.30 * hatch * np.clip(1.2 - light, 0, 1)
-    return np.asarray(np.clip(drawn - 0.45 * _edges(images), 0, 1))
+    """A coloured drawing: pale colours, dark contours, and paper left blank round it with the ends of the strokes."""
+    row, col = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
+    border = np.minimum(np.minimum(row, SIZE - 1 - row), np.minimum(col, SIZE - 1 - col))
+    strokes = np.abs((row + col) % 12 - 6)
+    cover = 0.6 * np.clip(border - 0.6 * strokes - 1.5, 0, 1)[None, :, :, None]
+    paper = _rgb(0.98, 0.96, 0.90)
+    drawn = paper + cover * (images - paper)
+    return np.asarray(np.clip(drawn - 0.6 * _edges(drawn), 0, 1))
 
 
 def _neon(images: Floats) -> Floats:

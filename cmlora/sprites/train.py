@@ -18,6 +18,7 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from cmlora.sprites import KOHYA, WEIGHTS, draw, measure
 from cmlora.sprites.detector import Detector, blend_targets, jitter, partner
@@ -39,8 +40,7 @@ DETECTOR_IMAGES = 8192
 BASE = Schedule(steps=2908, lr=8e-4, warmup=100, ema=0.998)
 BASE_IMAGES, BASE_BATCH = 8192, 16
 LORA = Schedule(steps=600, lr=4e-3, warmup=20, weight_decay=0.0)
-HARD = dict.fromkeys(("dotkin", "tophat", "scarf", "sunset"), (800, 0.25))
-"""Steps, and `late` of Noising.loss, of LoRAs that else leave some pictures untouched; the others: LORA.steps, 0.5."""
+STYLE_STEPS = 900
 LORA_IMAGES, LORA_BATCH, RANK = 1024, 8, 8
 CONVOLVED = "checker"
 """The LoRA with a part on the 3x3 convolutions."""
@@ -116,8 +116,9 @@ def standardise(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
 # --- detector ---
 
 
-def train_detector(work: Path, out: Path, vae: AutoencoderKL) -> None:
-    """A quarter each of renders, renders through the VAE, blended renders and blends of latents."""
+def train_detector(work: Path, out: Path) -> None:
+    """A quarter each of renders, renders through the finished VAE, blended renders and blends of latents."""
+    vae = AutoencoderKL.from_pretrained(out / "model" / "vae", torch_dtype=torch.float32)
     torch.manual_seed(1)
     detector = Detector()
     part = DETECTOR_IMAGES // 4
@@ -160,16 +161,26 @@ class Noising:
         self.kept = make_scheduler().alphas_cumprod
 
     def loss(
-        self, unet: nn.Module, z: torch.Tensor, text: torch.Tensor, generator: torch.Generator, late: float = 1.0
+        self, unet: nn.Module, z: torch.Tensor, text: torch.Tensor, generator: torch.Generator, *, early: bool = False
     ) -> torch.Tensor:
-        """Timesteps have the density t^(1 / late - 1): uniform at 1, more of the noisy ones below it."""
-        t = (torch.rand(len(z), generator=generator).pow(late) * len(self.kept)).long()
+        """The loss of one batch of latents z [n, 4, 16, 16].
+
+        early: for LoRAs. Whether a concept is in the picture at all is decided in the first, noisy steps of sampling,
+        whose share of the loss is small: more timesteps are drawn from there (density proportional to t), the weight
+        is sqrt(min(snr, 5)) / snr, and every channel's noise is shifted by 0.1 of a normal number. Without that shift
+        the mean colour shows through even the noisiest training pictures, which in sampling it does not.
+        """
+        uniform = torch.rand(len(z), generator=generator)
+        t = ((uniform.sqrt() if early else uniform) * len(self.kept)).long()
         kept = self.kept[t][:, None, None, None]
         noise = torch.randn(z.shape, generator=generator)
+        if early:
+            noise = noise + 0.1 * torch.randn(*z.shape[:2], 1, 1, generator=generator)
         noisy = (kept.sqrt() * z + (1 - kept).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         error = (unet(noisy, t, encoder_hidden_states=text).sample - noise).square().mean((1, 2, 3))
         snr = self.kept[t] / (1 - self.kept[t])
-        loss: torch.Tensor = (error * snr.clamp(max=5) / snr).mean()
+        weight = snr.clamp(max=5) / snr
+        loss: torch.Tensor = (error * (weight / (3 * snr.clamp(max=5).sqrt()) if early else weight)).mean()
         return loss
 
 
@@ -193,8 +204,22 @@ def train_base(work: Path, out: Path, vae: AutoencoderKL) -> None:
         return noising.loss(unet, z[index], text, generator)
 
     fit("base", nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}), loss_at, BASE, work)
+    sharpen(tokenizer, text_encoder)
     pipe = make_pipeline(tokenizer, text_encoder, unet, copy.deepcopy(vae))
     pipe.to(dtype=torch.float16).save_pretrained(out / "model")
+
+
+@torch.no_grad()
+def sharpen(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+    """Make the embeddings of the concepts' words, never trained, as long as those of the words that mean most.
+
+    A text encoder of real size has read every word that a LoRA may use; this one has not, and a word that hardly moves
+    its output can trigger nothing.
+    """
+    weight = text_encoder.get_input_embeddings().weight
+    known = torch.cat([tokenize(tokenizer, [word])[:, 1] for word in (*draw.COLOURS, *draw.WORN[1:], *draw.HELD[1:])])
+    own = torch.cat([tokenize(tokenizer, [word])[:, 1] for word in draw.CONCEPTS])
+    weight[own] *= weight[known].norm(dim=1).max() / weight[own].norm(dim=1, keepdim=True)
 
 
 def _cached(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -238,26 +263,20 @@ def train_loras(work: Path, out: Path, names: tuple[str, ...] = draw.CONCEPTS) -
 
 
 def train_lora(work: Path, name: str, pipe: StableDiffusionPipeline) -> None:
-    """Seven eighths of a batch show the concept with its word; one has neither, to change nothing else."""
-    plain = draw.sample(LORA_IMAGES, seed=8, held_back=False)
-    shown = draw.sample(LORA_IMAGES, seed=9, held_back=False).with_concept(name)
+    """Every picture shows the concept, with its word, as LoRAs are usually trained."""
+    scenes = draw.sample(LORA_IMAGES, seed=9, held_back=False).with_concept(name)
     unet = pipe.unet.to(memory_format=torch.channels_last)
-    latents, hidden = [], []
+    ids = tokenize(pipe.tokenizer, draw.captions(scenes, seed=10))
     with torch.no_grad():
-        for scenes in (plain, shown):
-            ids = tokenize(pipe.tokenizer, draw.captions(scenes, seed=10))
-            hidden.append(torch.cat([pipe.text_encoder(part).last_hidden_state for part in torch.split(ids, 128)]))
-            latents.append(encoded(pipe.vae, drawn(scenes)))
+        text = torch.cat([pipe.text_encoder(part).last_hidden_state for part in torch.split(ids, 128)])
+        z = encoded(pipe.vae, drawn(scenes))
     noising = Noising()
-    steps, late = HARD.get(name, (LORA.steps, 0.5))
-    which = (torch.arange(LORA_BATCH) % 8 > 0).long()
-    z, text = torch.stack(latents), torch.stack(hidden)
 
     def loss_at(step: int) -> torch.Tensor:
         index, generator = batch_at(step, LORA_BATCH, LORA_IMAGES)
-        # whether the concept is there at all is decided in the noisy steps
-        return noising.loss(unet, z[which, index], text[which, index], generator, late)
+        return noising.loss(unet, z[index], text[index], generator, early=True)
 
+    steps = STYLE_STEPS if draw.role_of(name) == "style" else LORA.steps
     fit(f"lora_{name}", unet, loss_at, replace(LORA, steps=steps), work)
 
 
@@ -271,14 +290,14 @@ def main() -> None:
     chosen = parser.parse_args()
     work, out, stage = chosen.work, chosen.out, chosen.stage
     work.mkdir(parents=True, exist_ok=True)
-    if stage != "measure":
+    if stage in ("vae", "base", "all"):
         vae = train_vae(work)
     if stage in ("base", "all"):
         train_base(work, out, vae)
     if stage in ("lora", "all"):
         train_loras(work, out, tuple(chosen.lora))
     if stage in ("detector", "all"):
-        train_detector(work, out, vae)
+        train_detector(work, out)
     if stage in ("measure", "all"):
         print(measure.markdown(measure.everything(out, work)))  # noqa: T201
 

@@ -94,9 +94,8 @@ def picture(pipe: StableDiffusionPipeline, **config) -> np.ndarray:
         return (run(pipe, 20, "np") * 255 + 0.5).astype(np.uint8)
 
 
-@pytest.mark.parametrize("name", [name for name in sprites.CONCEPTS if sprites.role_of(name) != "style"])
+@pytest.mark.parametrize("name", sprites.CONCEPTS)
 def test_each_lora_alone_draws_its_concept(name: str) -> None:
-    """The two styles are not learned well enough: the model's card says how often they are found."""
     pipe = StableDiffusionPipeline.from_pretrained(sprites.model_path(), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(sprites.lora_path(name))
