@@ -20,27 +20,13 @@ from cmlora.config import CMLoRAConfig
 from cmlora.errors import AdapterError, RunError
 from cmlora.footprint import RunShape, peak_of_run, predictable
 from cmlora.graphs import Capture, Captured, capture_cuda
-from cmlora.layers import Mergeable, MergedBank, RowSlots, install, mergeable, problems, stack_projections, uninstall
+from cmlora.layers import Merging, RowSlots, install, problems, stack_projections, uninstall
 from cmlora.plan import BASE, Step, make_plan, order_adapters
-from cmlora.run import Record, Run
+from cmlora.run import Record, Run, halves_of
 from cmlora.unet import BatchedUNet
 from cmlora.units import check_supported
 from cmlora_kernels import combine_noise, dominant_from_latents, high_frequency_share, tiles
 from cmlora_kernels.launch import arch_of
-
-# Pipelines that pass torch.cat([latents] * 2) to the UNet under guidance.
-DOUBLING = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionControlNetPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusionXLInpaintPipeline",
-    "StableDiffusionXLControlNetPipeline",
-)
-
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Denoiser:
@@ -64,8 +50,7 @@ class Denoiser:
         self.capture: Capture = capture_cuda
         self._captured: Captured | None = None
         self._captured_key: object = None
-        self._merging = False
-        self._mergeable_now: list[Mergeable] | None = None
+        self.merging = Merging(self.unet, {})
         self.is_open = False
         self.run: Run | None = None
         self.last_run: Run | None = None
@@ -85,8 +70,7 @@ class Denoiser:
 
     def open(self) -> None:
         """Put the batched forward on the LoRA layers."""
-        self.run, self.is_open = None, True
-        self._merging, self._mergeable_now = False, None
+        self.run, self.is_open, self.merging = None, True, Merging(self.unet, {})
         install(self.bank, self.row_slots, self.config.backend)
         self._stack(self.config.memory_budget is None)  # with a budget, a run's strategy says
 
@@ -98,40 +82,12 @@ class Denoiser:
 
     def _stack(self, wanted: bool) -> None:
         """Have the copies of q, k and v, or not."""
-        if bool(self.batched.stacked) != wanted:
-            self._merge(False)
-            self._mergeable_now = None
-        if not wanted:
-            self.batched.stacked = {}
-            self._captured = None
-        elif not self.batched.stacked:
-            self.batched.stacked = stack_projections(self.unet, self.row_slots, self.config.backend)
-            self._captured = None
-            for projection in self.batched.stacked.values():
+        if wanted != bool(self.batched.stacked):
+            self.merging.switch(False)
+            stacked = stack_projections(self.unet, self.row_slots, self.config.backend) if wanted else {}
+            for projection in stacked.values():
                 projection.fill()
-
-    def _mergeable(self) -> list[Mergeable]:
-        if self._mergeable_now is None:
-            self._mergeable_now = list(mergeable(self.unet, self.batched.stacked))
-        return self._mergeable_now
-
-    def _merge(self, wanted: bool) -> None:
-        """Have merged weights of the linear layers, made anew where an adapter changed, or none."""
-        if not wanted and not self._merging:
-            return
-        self._merging = wanted
-        for layer, weight, bank in self._mergeable():
-            if not wanted:
-                layer.merged = None
-            elif layer.merged is None:
-                layer.merged = MergedBank(weight, bank)
-            else:
-                layer.merged.renew()
-
-    @property
-    def _merged_bytes(self) -> int:
-        """Memory that merged weights take, or would take."""
-        return sum(MergedBank.bytes_of(weight, bank) for _, weight, bank in self._mergeable())
+            self.batched.stacked, self.merging, self._captured = stacked, Merging(self.unet, stacked), None
 
     def refresh_bank(self, scale: float) -> None:
         """Take over what PEFT's layers hold now; stack them anew if adapters, ranks or the device changed."""
@@ -149,13 +105,12 @@ class Denoiser:
             projection.fill()
             projection.seen = None
         self._scale = scale
-        if self._merging:
-            self._merge(True)
+        self.merging.renew()
 
     @property
     def adapter_bytes(self) -> int:
         """Memory of all that is stacked."""
-        merged = self._merged_bytes if self._merging else 0
+        merged = self.merging.bytes if self.merging.on else 0
         return self.bank.bytes + merged + sum(projection.bytes for projection in self.batched.stacked.values())
 
     @property
@@ -170,7 +125,7 @@ class Denoiser:
         triton = self.config.backend == "triton" or (self.config.backend == "auto" and device.type == "cuda")
         ran = list(problems(self.unet, self.batched.stacked))
         if not triton:
-            merged = sum(layer.seen is not None for layer, _, _ in self._mergeable()) if self._merging else 0
+            merged = sum(layer.seen is not None for layer, _, _ in self.merging.layers) if self.merging.on else 0
             counts = {"merged": merged, "definition": len(ran) - merged}
             return {name: count for name, count in counts.items() if count}
         return dict(collections.Counter(tiles.choose(problem, arch_of(device)).strategy for problem in ran))
@@ -267,7 +222,7 @@ class Denoiser:
         if getattr(pipe, "_denoising_end", None) is not None:  # SDXL's base leaves the last steps to a refiner
             steps = min(steps, getattr(pipe, "_num_timesteps", steps))
         plan = make_plan(self.config, self.bank.names, steps)
-        run = Run(plan, timesteps, offset, self._halves(sample), sample.shape[0], sample.shape)
+        run = Run(plan, timesteps, offset, halves_of(pipe, sample), sample.shape[0], sample.shape)
         for step in plan:  # what comes from the host is on the device before the first step
             run.rows_of(step, tuple(range(len(step.slots))), sample.device)
             if step.refresh:
@@ -286,14 +241,14 @@ class Denoiser:
         predictions = max(len(step.slots) for step in run.plan)
         candidates = strategies(predictions, None if most is None else most // run.images, merge=self._may_merge)
         if budget is None:
-            self._merge(candidates[0].merge)
+            self.merging.switch(candidates[0].merge)
             return candidates[0]
         if not predictable(self.unet):
             raise RunError("memory_budget needs a UNet without hooks and attention processors of one's own")
         strategy = choose(candidates, lambda candidate: self._peak(run, candidate), budget)
         self._stack(strategy.stack)
         self.batched.keep_prompt = strategy.keep_prompt
-        self._merge(strategy.merge)
+        self.merging.switch(strategy.merge)
         return strategy
 
     @property
@@ -303,9 +258,9 @@ class Denoiser:
             return self.config.merge_weights
         if self._device.type != "cpu" or self.config.backend == "triton":
             return False
-        if any(weight.dtype != torch.float32 for _, weight, _ in self._mergeable()):
+        if any(weight.dtype != torch.float32 for _, weight, _ in self.merging.layers):
             return False  # rounded to W's few bits, W + s B A loses much of what the adapter adds
-        return self._merged_bytes <= sum(int(p.nbytes) for p in self.unet.parameters())
+        return self.merging.bytes <= sum(int(p.nbytes) for p in self.unet.parameters())
 
     def predicted_peak(self) -> int | None:
         """Bytes that the last run takes beside the pipeline's weights; None where that cannot be told."""
@@ -318,27 +273,9 @@ class Denoiser:
         assert run.footprint is not None
         key = (run.footprint.key, strategy)
         if key not in self._peaks:
-            merged = self._merged_bytes if strategy.merge else 0
+            merged = self.merging.bytes if strategy.merge else 0
             self._peaks[key] = self.bank.bytes + merged + peak_of_run(self.batched, run.footprint, strategy)
         return self._peaks[key]
-
-    def _halves(self, sample: Tensor) -> int:
-        """2 where the pipeline doubles its latents for guidance; looked at once, before a run's first step."""
-        pipe = self._pipe()
-        known = any(kind.__name__ in DOUBLING for kind in type(pipe).__mro__)
-        if not known or sample.shape[0] % 2 or not getattr(pipe, "do_classifier_free_guidance", False):
-            return 1
-        return 2 if sample.is_meta or torch.equal(*sample.chunk(2)) else 1
-
-    def _check_halves(self, run: Run, sample: Tensor) -> None:
-        """Watch on the device that the halves stay alike, bit for bit (NaN equals NaN)."""
-        if run.halves == 2:
-            first, second = sample.view(BITS[sample.element_size()]).chunk(2)
-            if run.alike is None:
-                run.alike = (torch.empty_like(first, dtype=torch.bool), sample.new_empty((), dtype=torch.bool))
-            same, all_same = run.alike
-            torch.all(torch.eq(first, second, out=same), out=all_same)
-            torch._assert_async(all_same, "the guidance halves of the batch parted in mid-run")
 
     def _step(self, run: Run, inputs: Inputs) -> Tensor:
         index = run.position - run.first
@@ -353,7 +290,7 @@ class Denoiser:
         everyone = run.rows_of(step, tuple(range(len(step.slots))), inputs.sample.device)
         full = step.full or run.cache is None
         deep = everyone if full else run.deep_rows(step, inputs.sample.device)
-        self._check_halves(run, inputs.sample)
+        run.watch_halves(inputs.sample)
         timesteps = run.timesteps[run.first : run.first + len(run.plan)]
         weights = run.weights if len(step.slots) > 1 else None
         # the base model is the last prediction

@@ -6,6 +6,7 @@ the module tree, its names and its `state_dict` never change.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -232,6 +233,42 @@ def mergeable(model: nn.Module, stacked: dict[nn.Module, StackedProjection]) -> 
             and _computes_plainly(forward.base, nn.Linear)
         ):
             yield forward, forward.base.weight, forward.bank
+
+
+class Merging:
+    """The merged weights of a model's linear layers: all of them there, or none.
+
+    Args:
+        model: with our forwards on its layers.
+        stacked: the copies of q, k and v in force.
+    """
+
+    def __init__(self, model: nn.Module, stacked: dict[nn.Module, StackedProjection]) -> None:
+        self.model, self.stacked = model, stacked
+        self.on = False
+
+    @functools.cached_property
+    def layers(self) -> list[Mergeable]:
+        return list(mergeable(self.model, self.stacked))
+
+    @property
+    def bytes(self) -> int:
+        """Memory that they take, or would take."""
+        return sum(MergedBank.bytes_of(weight, bank) for _, weight, bank in self.layers)
+
+    def switch(self, on: bool) -> None:
+        """Make them, or let them go."""
+        if on == self.on:
+            return
+        self.on = on
+        for layer, weight, bank in self.layers:
+            layer.merged = MergedBank(weight, bank) if on else None
+
+    def renew(self) -> None:
+        """Make those anew whose adapters have changed."""
+        for layer, _, _ in self.layers if self.on else ():
+            assert layer.merged is not None
+            layer.merged.renew()
 
 
 def problems(model: nn.Module, stacked: dict[nn.Module, StackedProjection]) -> Iterator[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,28 @@ from cmlora.errors import RunError
 from cmlora.footprint import RunShape
 from cmlora.plan import Step
 from cmlora.rows import Rows
+
+# Pipelines that pass torch.cat([latents] * 2) to the UNet under guidance.
+DOUBLING = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLControlNetPipeline",
+)
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def halves_of(pipe: Any, sample: Tensor) -> int:
+    """2 where the pipeline doubles its latents for guidance; looked at once, before a run's first step."""
+    known = any(kind.__name__ in DOUBLING for kind in type(pipe).__mro__)
+    if not known or sample.shape[0] % 2 or not getattr(pipe, "do_classifier_free_guidance", False):
+        return 1
+    return 2 if sample.is_meta or torch.equal(*sample.chunk(2)) else 1
 
 
 @dataclass
@@ -52,6 +75,16 @@ class Run:
         self.images, self.shape, self.halves = half, sample.shape, 1
         self.rows.clear()
         self.capturable = None
+
+    def watch_halves(self, sample: Tensor) -> None:
+        """Watch on the device that the halves stay alike, bit for bit (NaN equals NaN)."""
+        if self.halves == 2:
+            first, second = sample.view(BITS[sample.element_size()]).chunk(2)
+            if self.alike is None:
+                self.alike = (torch.empty_like(first, dtype=torch.bool), sample.new_empty((), dtype=torch.bool))
+            same, all_same = self.alike
+            torch.all(torch.eq(first, second, out=same), out=all_same)
+            torch._assert_async(all_same, "the guidance halves of the batch parted in mid-run")
 
     def rows_of(self, step: Step, predictions: tuple[int, ...], device: torch.device) -> Rows:
         """Rows of some predictions, made once per run and kept."""

@@ -53,7 +53,7 @@ def test_weights_that_would_outgrow_the_unet_are_not_merged_unless_asked_for():
     call(pipe, 1)
     denoiser = pipe.unet.forward.cmlora.denoiser
     assert denoiser._may_merge
-    denoiser._mergeable_now = denoiser._mergeable() * 100
+    denoiser.merging.layers *= 100
     assert not denoiser._may_merge
 
 
