@@ -74,9 +74,10 @@ class MultiLoraLinear(_MultiLora):
         base = self.base
         tokens = x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
         self.seen = (tokens.shape[0], tokens.shape[1])
-        if self.merged is not None:
+        plain = _computes_plainly(base, nn.Linear)  # asked in every call: a hook may have come since
+        if plain and self.merged is not None:
             y = merged_linear(tokens, self.merged.weights, base.bias, slots, backend=self.backend)
-        elif _computes_plainly(base, nn.Linear):
+        elif plain:
             y = multi_lora_linear(
                 tokens, base.weight, base.bias, slots, bank.a, bank.b, bank.scales, backend=self.backend
             )
@@ -107,11 +108,6 @@ class MergedBank:
 
     def _now(self) -> tuple[list[Tensor], int]:
         return [t.clone() for t in (self.bank.a, self.bank.b, self.bank.scales)], self.weight._version
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the copies."""
-        return self.bytes_of(self.weight, self.bank)
 
     @staticmethod
     def bytes_of(weight: Tensor, bank: LayerBank) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmlora.conditions import Conditions
@@ -16,6 +16,8 @@ from cmlora.rows import Rows, Shared, add, lift
 
 FEW_PIXELS, LARGE_WEIGHT = 384, 2**20
 """On the CPU, where a convolution is a GEMM over patches: at most so many pixels, at least so many weights."""
+SAME_SIZE = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+"""The geometry of a 3x3 convolution that keeps the size, as `_geometry` tells it."""
 
 
 def plain_resnet(module: Any, x: Shared, conditions: Conditions, step: int, rows: Rows) -> Shared:
@@ -43,13 +45,17 @@ def _convolve(layer: Any, x: Tensor) -> Tensor:
     """
     rows, channels, height, width = x.shape
     few = x.device.type == "cpu" and rows * height * width <= FEW_PIXELS and layer.weight.numel() >= LARGE_WEIGHT
-    if not few or not unhooked(layer) or layer.kernel_size != (3, 3) or layer.stride != (1, 1):
+    if not few or type(layer) is not nn.Conv2d or not unhooked(layer) or _geometry(layer) != SAME_SIZE:
         out: Tensor = layer(x)
         return out
     patches = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # [rows, channels, height, width, 3, 3]
     flat = patches.permute(0, 2, 3, 1, 4, 5).reshape(rows * height * width, channels * 9)
     tokens = F.linear(flat, layer.weight.flatten(1), layer.bias)
     return tokens.view(rows, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _geometry(layer: nn.Conv2d) -> tuple[object, ...]:
+    return (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
 
 
 def plain_transformer(module: Any, x: Shared, conditions: Conditions, rows: Rows, everyone: Rows) -> Shared:
