@@ -13,7 +13,7 @@ from harness import compare_calls
 from torch import Tensor, nn
 
 import cmlora
-from cmlora import transformer
+from cmlora import winograd
 from tests.models import ATTENTION, call, relative, three_adapters
 
 ROWS = 2  # the dominant adapter's, with guidance
@@ -45,11 +45,12 @@ def test_channels_innermost(benchmark, channels: int, side: int) -> None:
     benchmark.pedantic(lambda: layer(last), rounds=1)
 
 
+@pytest.mark.parametrize("rows", [ROWS, 5 * ROWS])
 @pytest.mark.parametrize(("channels", "side"), LAYERS)
-def test_gemm_over_patches(benchmark, monkeypatch, channels: int, side: int) -> None:
-    monkeypatch.setattr(transformer, "FEW_PIXELS", 10**9)
+def test_winograd(benchmark, channels: int, side: int, rows: int) -> None:
     layer = nn.Conv2d(channels, channels, 3, padding=1)
-    x = torch.randn(ROWS, channels, side, side).contiguous(memory_format=torch.channels_last)
-    case = f"3x3 convolution, {ROWS} rows of {channels} x {side} x {side}: a GEMM over patches"
-    compare(case, lambda: transformer._convolve(layer, x), lambda: layer(x))
-    benchmark.pedantic(lambda: layer(x), rounds=1)
+    x = torch.randn(rows, channels, side, side).contiguous(memory_format=torch.channels_last)
+    weight = winograd.transform_weight(layer.weight.detach())
+    case = f"3x3 convolution, {rows} rows of {channels} x {side} x {side}: F(2x2, 3x3)"
+    compare(case, lambda: winograd.convolve(x, weight, layer.bias), lambda: layer(x))
+    benchmark.pedantic(lambda: winograd.convolve(x, weight, layer.bias), rounds=1)

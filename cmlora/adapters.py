@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Conv2d as PeftConv2d
@@ -37,6 +39,16 @@ class LayerBank:
     scales: Tensor
 
 
+class Place(NamedTuple):
+    """Where one adapter of one layer lies in the layer's bank; views of it."""
+
+    layer: LoraLayer
+    name: str
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+
+
 @dataclass(frozen=True)
 class AdapterBank:
     """All layers of a model that carry a LoRA of the named adapters.
@@ -56,6 +68,20 @@ class AdapterBank:
         """Memory of the stacked tensors."""
         banks = (bank for _, bank in self.layers if bank is not None)
         return sum(t.numel() * t.element_size() for bank in banks for t in (bank.a, bank.b, bank.scales))
+
+    @functools.cached_property
+    def places(self) -> list[Place]:
+        """Of all adapters in all layers; as one virtual adapter they lie behind each other in the rank."""
+        places = []
+        for layer, bank in self.layers:
+            first = 0
+            for slot, name in enumerate(self.names if bank is not None else ()):
+                if bank is not None and name in layer.lora_A:
+                    rank = layer.lora_A[name].weight.shape[0]
+                    s, ranks = (0, slice(first, first + rank)) if self.merged else (slot, slice(rank))
+                    places.append(Place(layer, name, bank.a[s, ranks], bank.b[s, :, ranks], bank.scales[s]))
+                    first += rank
+        return places
 
 
 def outline(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -233,25 +259,16 @@ def fill_bank(bank: AdapterBank, scale: float) -> None:
         bank: made for these layers.
         scale: factor on all adapters (`cross_attention_kwargs={"scale": ...}`).
     """
-    for layer, stacked in bank.layers:
-        if stacked is not None:
-            _fill(layer, stacked, bank.names, merged=bank.merged, scale=scale)
-
-
-def _fill(layer: LoraLayer, bank: LayerBank, names: Sequence[str], *, merged: bool, scale: float) -> None:
-    place = 0
-    for slot, name in enumerate(names):
-        if name not in layer.lora_A:
-            continue
-        down, up = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach().flatten(1)
-        rank, factor = down.shape[0], float(layer.scaling[name]) * scale
-        if merged:
-            bank.a[0, place : place + rank].copy_(down)
-            bank.b[0, :, place : place + rank].copy_(up * factor)
-            place += rank
-        else:
-            bank.a[slot, :rank].copy_(down)
-            bank.b[slot, :, :rank].copy_(up)
-            bank.scales[slot].fill_(factor)
-    if merged:
-        bank.scales.fill_(1.0)
+    places = bank.places
+    if not places:
+        return
+    factors = [float(place.layer.scaling[place.name]) * scale for place in places]
+    down = [place.layer.lora_A[place.name].weight.detach() for place in places]
+    up = [place.layer.lora_B[place.name].weight.detach().flatten(1) for place in places]
+    if bank.merged:
+        up = list(torch._foreach_mul(up, factors))
+        factors = [1.0] * len(places)
+    constants = {factor: places[0].scale.new_full((1,), factor) for factor in set(factors)}
+    torch._foreach_copy_([place.scale for place in places], [constants[factor] for factor in factors])
+    torch._foreach_copy_([place.a for place in places], down)
+    torch._foreach_copy_([place.b for place in places], up)

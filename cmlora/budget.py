@@ -17,29 +17,32 @@ class Strategy:
         stack: whether q, k and v of a self-attention are copied one below the other, to be one launch.
         keep_prompt: whether keys and values of the prompt are kept for the run, or made anew in every step.
         merge: whether linear layers have a merged weight per adapter instead of a low-rank update (on the CPU).
+        transform: whether wide 3x3 convolutions keep their weights transformed (on the CPU).
     """
 
     at_once: int
     stack: bool = True
     keep_prompt: bool = True
     merge: bool = False
+    transform: bool = False
 
 
-def strategies(predictions: int, most: int | None, *, merge: bool = False) -> list[Strategy]:
+def strategies(predictions: int, most: int | None, *, merge: bool = False, transform: bool = False) -> list[Strategy]:
     """All that there are, from the fastest to the smallest.
 
-    First the merged weights are given up, where they are an option, then the copies (two more launches per
-    self-attention), then the prompt's keys and values (two small GEMMs per cross-attention and step), then rows: two
-    parts, three, ... (every launch once per part).
+    First the transformed and then the merged weights are given up, where they are an option, then the copies (two more
+    launches per self-attention), then the prompt's keys and values (two small GEMMs per cross-attention and step), then
+    rows: two parts, three, ... (every launch once per part).
 
     Args:
         predictions: of a step.
         most: upper bound of `at_once`; None: none.
-        merge: whether merged weights are an option at all.
+        merge, transform: whether merged and transformed weights are an option at all.
     """
     counts = {-(-predictions // parts) for parts in range(1, predictions + 1)}
     whole, *fewer = sorted({min(count, most or count) for count in counts}, reverse=True)
     return [
+        *([Strategy(whole, merge=merge, transform=True)] if transform else []),
         *([Strategy(whole, merge=True)] if merge else []),
         Strategy(whole),
         Strategy(whole, stack=False),

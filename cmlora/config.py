@@ -60,6 +60,9 @@ class CMLoRAConfig:
             what fits is chosen when a run begins (csrc_docs/engine.md). None: as fast as can be.
         merge_weights: whether linear layers keep W + s B A of every adapter: no low-rank work in a step.
             None: on the CPU in float32, where they take no more memory than the UNet and the budget allows it.
+        winograd: whether wide 3x3 convolutions in float32 keep their weights transformed and do F(2x2, 3x3): less than
+            half of the multiplications, 16/9 of the memory once more. None: on the CPU, where these and merged weights
+            together take at most twice the UNet's memory and the budget allows it.
         cuda_graphs: steps are captured and replayed as CUDA graphs, one per kind of step; an error on other devices.
         backend: "auto": Triton on CUDA and ROCm, torch elsewhere; "torch" or "triton" force one.
 
@@ -92,6 +95,7 @@ class CMLoRAConfig:
     max_rows: int | None = None
     memory_budget: int | None = None
     merge_weights: bool | None = None
+    winograd: bool | None = None
     cuda_graphs: bool = False
     backend: Backend = "auto"
 
@@ -117,8 +121,9 @@ class CMLoRAConfig:
             _integer("max_cache_age", self.max_cache_age, 1, "None")
         if not isinstance(self.cache_follow, bool):
             raise ConfigError(f"cache_follow must be True or False, got {self.cache_follow!r}")
-        if self.merge_weights is not None and not isinstance(self.merge_weights, bool):
-            raise ConfigError(f"merge_weights must be True, False or None, got {self.merge_weights!r}")
+        for name in ("merge_weights", "winograd"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise ConfigError(f"{name} must be True, False or None, got {getattr(self, name)!r}")
         if not isinstance(self.cuda_graphs, bool):
             raise ConfigError(f"cuda_graphs must be True or False, got {self.cuda_graphs!r}")
         if self.max_rows is not None:

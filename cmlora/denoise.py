@@ -25,6 +25,7 @@ from cmlora.plan import BASE, Step, make_plan, order_adapters
 from cmlora.run import Record, Run, halves_of
 from cmlora.unet import BatchedUNet
 from cmlora.units import check_supported
+from cmlora.winograd import Transforming
 from cmlora_kernels import combine_noise, dominant_from_latents, high_frequency_share, tiles
 from cmlora_kernels.launch import arch_of
 
@@ -50,7 +51,7 @@ class Denoiser:
         self.capture: Capture = capture_cuda
         self._captured: Captured | None = None
         self._captured_key: object = None
-        self.merging = Merging(self.unet, {})
+        self.merging, self.transforming = Merging(self.unet, {}), Transforming(self.unet)
         self.is_open = False
         self.run: Run | None = None
         self.last_run: Run | None = None
@@ -70,13 +71,15 @@ class Denoiser:
 
     def open(self) -> None:
         """Put the batched forward on the LoRA layers."""
-        self.run, self.is_open, self.merging = None, True, Merging(self.unet, {})
+        self.run, self.is_open = None, True
+        self.merging, self.transforming = Merging(self.unet, {}), Transforming(self.unet)
         install(self.bank, self.row_slots, self.config.backend)
         self._stack(self.config.memory_budget is None)  # with a budget, a run's strategy says
 
     def close(self) -> None:
-        """Give the LoRA layers their own forward back."""
+        """Give the layers their own forward back."""
         self.is_open, self._captured = False, None
+        self.transforming.switch(False)
         uninstall(lora_layers(self.unet))
         self.batched.stacked = {}
 
@@ -110,8 +113,8 @@ class Denoiser:
     @property
     def adapter_bytes(self) -> int:
         """Memory of all that is stacked."""
-        merged = self.merging.bytes if self.merging.on else 0
-        return self.bank.bytes + merged + sum(projection.bytes for projection in self.batched.stacked.values())
+        kept = sum(weights.bytes for weights in (self.merging, self.transforming) if weights.on)
+        return self.bank.bytes + kept + sum(projection.bytes for projection in self.batched.stacked.values())
 
     @property
     def _device(self) -> torch.device:
@@ -239,9 +242,11 @@ class Denoiser:
             )
         run.footprint = RunShape.of(inputs, run.plan, run.halves)
         predictions = max(len(step.slots) for step in run.plan)
-        candidates = strategies(predictions, None if most is None else most // run.images, merge=self._may_merge)
+        at_once = None if most is None else most // run.images
+        candidates = strategies(predictions, at_once, merge=self._may_merge, transform=self._may_transform)
         if budget is None:
             self.merging.switch(candidates[0].merge)
+            self.transforming.switch(candidates[0].transform)
             return candidates[0]
         if not predictable(self.unet):
             raise RunError("memory_budget needs a UNet without hooks and attention processors of one's own")
@@ -249,6 +254,7 @@ class Denoiser:
         self._stack(strategy.stack)
         self.batched.keep_prompt = strategy.keep_prompt
         self.merging.switch(strategy.merge)
+        self.transforming.switch(strategy.transform)
         return strategy
 
     @property
@@ -260,7 +266,23 @@ class Denoiser:
             return False
         if any(weight.dtype != torch.float32 for _, weight, _ in self.merging.layers):
             return False  # rounded to W's few bits, W + s B A loses much of what the adapter adds
-        return self.merging.bytes <= sum(int(p.nbytes) for p in self.unet.parameters())
+        return self.merging.bytes <= self._unet_bytes
+
+    @property
+    def _may_transform(self) -> bool:
+        """On the CPU it saves up to half of a convolution's time; all that is kept is at most twice the UNet's size."""
+        if not self.transforming.layers:
+            return False
+        if self.config.winograd is not None:
+            return self.config.winograd
+        if self._device.type != "cpu":
+            return False
+        kept = self.transforming.bytes + (self.merging.bytes if self._may_merge else 0)
+        return kept <= 2 * self._unet_bytes
+
+    @property
+    def _unet_bytes(self) -> int:
+        return sum(int(p.nbytes) for p in self.unet.parameters())
 
     def predicted_peak(self) -> int | None:
         """Bytes that the last run takes beside the pipeline's weights; None where that cannot be told."""
@@ -273,8 +295,10 @@ class Denoiser:
         assert run.footprint is not None
         key = (run.footprint.key, strategy)
         if key not in self._peaks:
-            merged = self.merging.bytes if strategy.merge else 0
-            self._peaks[key] = self.bank.bytes + merged + peak_of_run(self.batched, run.footprint, strategy)
+            self.transforming.switch(strategy.transform)  # tiles are traced as they run
+            options = ((self.merging, strategy.merge), (self.transforming, strategy.transform))
+            kept = sum(weights.bytes for weights, wanted in options if wanted)
+            self._peaks[key] = self.bank.bytes + kept + peak_of_run(self.batched, run.footprint, strategy)
         return self._peaks[key]
 
     def _step(self, run: Run, inputs: Inputs) -> Tensor:

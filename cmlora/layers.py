@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cmlora.adapters import AdapterBank, LayerBank, outline
 from cmlora.errors import AdapterError, RunError
+from cmlora.winograd import is_transformed
 from cmlora_kernels import merge_weights, merged_linear, multi_lora_add_, multi_lora_conv2d, multi_lora_linear
 from cmlora_kernels.tiles import Problem
 
@@ -192,7 +193,7 @@ def stack_projections(model: nn.Module, rows: RowSlots, backend: str) -> dict[nn
     for _, module in outline(model):
         layers = [getattr(module, name, None) for name in ("to_q", "to_k", "to_v")]
         forwards = [f for f in map(_forward_of, layers) if isinstance(f, MultiLoraLinear)]
-        if len(forwards) < 3 or any(f.layer._forward_hooks or f.layer._forward_pre_hooks for f in forwards):
+        if len(forwards) < 3 or any(_hooks(f.layer) for f in forwards):
             continue
         bases = [forward.base for forward in forwards]
         plain = all(_computes_plainly(base, nn.Linear) for base in bases)
@@ -309,14 +310,17 @@ def _forward_of(layer: nn.Module | None) -> _MultiLora | None:
 
 def unhooked(module: nn.Module) -> bool:
     """Whether calling a module is calling its class's forward: no hook of offload, layerwise casting or a user."""
-    return "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
+    return "forward" not in module.__dict__ and not _hooks(module)
+
+
+def _hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def untouched(model: nn.Module) -> bool:
     """Whether all modules in `model` are unhooked but for our own forwards."""
     return all(
-        (_forward_of(module) is not None and not module._forward_hooks and not module._forward_pre_hooks)
-        or unhooked(module)
+        ((_forward_of(module) is not None or is_transformed(module)) and not _hooks(module)) or unhooked(module)
         for module in model.modules()
         if module is not model
     )

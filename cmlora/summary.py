@@ -116,8 +116,8 @@ def _mebi(size: int) -> str:
 def _spent(strategy: Strategy) -> str:
     """A strategy in words."""
     stacked, kept = "stacked" if strategy.stack else "apart", "kept" if strategy.keep_prompt else "made in every step"
-    merged = "; weights merged" if strategy.merge else ""
-    return f"{strategy.at_once} predictions at once; q, k, v {stacked}; the prompt's keys and values {kept}{merged}"
+    more = ("; weights merged" if strategy.merge else "") + ("; convolutions transformed" if strategy.transform else "")
+    return f"{strategy.at_once} predictions at once; q, k, v {stacked}; the prompt's keys and values {kept}{more}"
 
 
 def _refreshed(record: Record, labels: Sequence[str]) -> list[str]:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from cmlora.conditions import Conditions
 from cmlora.layers import unhooked
 from cmlora.rows import Rows, Shared, add, lift
 
-FEW_PIXELS, LARGE_WEIGHT = 384, 2**20
-"""On the CPU, where a convolution is a GEMM over patches: at most so many pixels, at least so many weights."""
-SAME_SIZE = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
-"""The geometry of a 3x3 convolution that keeps the size, as `_geometry` tells it."""
+TOKENS = 2048
+"""So many go through a feed-forward at once on the CPU."""
 
 
 def plain_resnet(module: Any, x: Shared, conditions: Conditions, step: int, rows: Rows) -> Shared:
@@ -25,37 +24,17 @@ def plain_resnet(module: Any, x: Shared, conditions: Conditions, step: int, rows
     carrying = module in conditions.carrying
     bias = conditions.time(module, step)
     x = lift(x, rows, by_prediction=carrying, by_half=bias.shape[0] > 1)
-    hidden = _convolve(module.conv1, module.nonlinearity(module.norm1(x.value)))
+    hidden = module.conv1(module.nonlinearity(module.norm1(x.value)))
     if bias.shape[0] == 1:
         hidden = hidden + bias[:, :, None, None]
     else:
         hidden = (hidden.view(-1, bias.shape[0], *hidden.shape[1:]) + bias[:, :, None, None]).flatten(0, 1)
-    hidden = _convolve(module.conv2, module.dropout(module.nonlinearity(module.norm2(hidden))))
+    hidden = module.conv2(module.dropout(module.nonlinearity(module.norm2(hidden))))
     shortcut = x.value if module.conv_shortcut is None else module.conv_shortcut(x.value)
     hidden = shortcut + hidden
     if module.output_scale_factor != 1:
         hidden = hidden / module.output_scale_factor
     return Shared(hidden, x.by_prediction, x.by_half)
-
-
-def _convolve(layer: Any, x: Tensor) -> Tensor:
-    """A 3x3 convolution; on the CPU as one GEMM over patches where a weight is large beside the pixels.
-
-    oneDNN lays a convolution's weight anew at every call, which takes longer than the convolution itself then.
-    """
-    rows, channels, height, width = x.shape
-    few = x.device.type == "cpu" and rows * height * width <= FEW_PIXELS and layer.weight.numel() >= LARGE_WEIGHT
-    if not few or type(layer) is not nn.Conv2d or not unhooked(layer) or _geometry(layer) != SAME_SIZE:
-        out: Tensor = layer(x)
-        return out
-    patches = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # [rows, channels, height, width, 3, 3]
-    flat = patches.permute(0, 2, 3, 1, 4, 5).reshape(rows * height * width, channels * 9)
-    tokens = F.linear(flat, layer.weight.flatten(1), layer.bias)
-    return tokens.view(rows, height, width, -1).permute(0, 3, 1, 2)
-
-
-def _geometry(layer: nn.Conv2d) -> tuple[object, ...]:
-    return (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
 
 
 def plain_transformer(module: Any, x: Shared, conditions: Conditions, rows: Rows, everyone: Rows) -> Shared:
@@ -91,7 +70,25 @@ def _block(block: Any, tokens: Shared, conditions: Conditions, rows: Rows, every
     x = Shared(block.norm3(tokens.value), tokens.by_prediction, tokens.by_half)
     if block.ff in conditions.carrying:
         x = lift(x, rows, by_prediction=True)
-    return add(Shared(block.ff(x.value), x.by_prediction, x.by_half), tokens, rows)
+        changed = block.ff(x.value)
+    else:
+        changed = _feed_forward(block.ff, x.value)
+    return add(Shared(changed, x.by_prediction, x.by_half), tokens, rows)
+
+
+def _feed_forward(module: Any, x: Tensor) -> Tensor:
+    """FeedForward.forward; on the CPU some tokens at a time: what lies between its layers is eight times as wide.
+
+    The C library's allocator hands large blocks back at once, and the next one's pages are then made anew.
+    """
+    tokens = x.flatten(0, 1)
+    if x.device.type != "cpu" or tokens.shape[0] <= TOKENS or not unhooked(module):
+        out: Tensor = module(x)
+        return out
+    out = torch.empty_like(x)
+    for part, changed in zip(torch.split(tokens, TOKENS), torch.split(out.flatten(0, 1), TOKENS), strict=True):
+        changed.copy_(module(part))
+    return out
 
 
 def _self_attention(attention: Any, x: Shared, conditions: Conditions, rows: Rows) -> Shared:

@@ -44,6 +44,7 @@ def sd():
         ("max_rows", [0, 1.5, True]),
         ("cuda_graphs", [1, "auto"]),
         ("merge_weights", [2, "auto"]),
+        ("winograd", [2, "auto"]),
         ("memory_budget", [0, 1e9, "6GB"]),
         ("quadratic_interval", [0, 2.0]),
         ("quadratic_center", [-0.1, 1.1]),

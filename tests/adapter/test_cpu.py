@@ -1,4 +1,4 @@
-"""What only the CPU does: merged weights, GEMMs in the place of convolutions, channels innermost."""
+"""What only the CPU does: merged weights, Winograd's convolutions, channels innermost."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmlora
-from cmlora import layers, transformer
+from cmlora import layers, winograd
 from tests.models import ATTENTION, EVERYTHING, call, relative, three_adapters
 
 METHODS = (
@@ -57,17 +57,78 @@ def test_weights_that_would_outgrow_the_unet_are_not_merged_unless_asked_for():
     assert not denoiser._may_merge
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_a_convolution_of_few_pixels_is_the_same_as_a_gemm(channels_last, monkeypatch):
-    layer, x = nn.Conv2d(12, 20, 3, padding=1), torch.randn(3, 12, 5, 7)
-    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    monkeypatch.setattr(transformer, "LARGE_WEIGHT", 1)
-    with Convolutions() as seen, torch.no_grad():
-        got = transformer._convolve(layer, x)
-    assert not seen.inputs
-    assert relative(got, layer.double()(x.double())) < 1e-6
-    layer.float().register_forward_hook(lambda *_: torch.zeros(1))
-    assert transformer._convolve(layer, x).shape == (1,)
+@pytest.mark.parametrize("chunk", [1, 3000, 2**24], ids=["a line", "some lines", "all"])
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 2)], ids=str)
+def test_winograds_convolution_is_as_exact_as_the_direct_one(chunk, size, monkeypatch):
+    monkeypatch.setattr(winograd, "CHUNK", chunk)
+    for bias in (True, False):
+        layer, x = nn.Conv2d(12, 20, 3, padding=1, bias=bias), torch.randn(3, 12, *size)
+        weight = winograd.transform_weight(layer.weight.detach())
+        layer.double()
+        for layout in (torch.channels_last, torch.contiguous_format):
+            with torch.no_grad():
+                got = winograd.convolve(x.contiguous(memory_format=layout), weight, layer.float().bias)
+            assert got.is_contiguous(memory_format=torch.channels_last)
+            assert relative(got, layer.double()(x.double())) < 1e-6
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """All 3x3 convolutions count as wide."""
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 8)
+
+
+@pytest.mark.parametrize("pattern", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
+def test_transformed_convolutions_change_no_image_and_leave_with_restore(pattern, wide):
+    """Those that carry adapters stay as they are."""
+    pipe = three_adapters(pattern)
+    images, direct = [], []
+    for choice in (False, True):
+        cmlora.accelerate(pipe, winograd=choice, cache_interval=2)
+        with Convolutions() as seen:
+            images.append(call(pipe, 4))
+        direct.append(sum(layer.kernel_size == (3, 3) for layer in pipe.unet.modules() if is_direct(layer)))
+        assert len(seen.inputs) > 0
+    assert relative(images[1], images[0]) < 1e-5
+    if pattern == ATTENTION:
+        assert direct[1] < direct[0] / 4
+    cmlora.restore(pipe)
+    assert not any("forward" in module.__dict__ for module in pipe.unet.modules())
+
+
+def is_direct(layer):
+    return type(layer) is nn.Conv2d and "forward" not in layer.__dict__
+
+
+def test_a_transformed_convolution_follows_its_layer(wide):
+    """New weights, weights of another type, gradients: as the layer itself would take them."""
+    layer, x = nn.Conv2d(12, 20, 3, padding=1), torch.randn(1, 12, 4, 4)
+    transforming = winograd.Transforming(layer)
+    transforming.switch(True)
+    with torch.no_grad():
+        first = layer(x)
+        layer.weight.mul_(2)
+        second = layer(x)
+        layer.bias.zero_()
+        assert relative(layer(x), nn.functional.conv2d(x, layer.weight, padding=1)) < 1e-6
+        assert relative(second, first) > 0.1
+        assert layer.double()(x.double()).dtype == torch.float64
+    with torch.enable_grad():
+        layer.float()(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+    transforming.switch(False)
+    assert is_direct(layer)
+
+
+def test_transformed_weights_that_would_outgrow_twice_the_unet_are_not_made_unless_asked_for(wide):
+    pipe = three_adapters(ATTENTION)
+    cmlora.accelerate(pipe)
+    call(pipe, 1)
+    denoiser = pipe.unet.forward.cmlora.denoiser
+    assert denoiser._may_transform
+    assert "convolutions transformed" in str(cmlora.summary(pipe))
+    denoiser.transforming.layers *= 100
+    assert not denoiser._may_transform
 
 
 class Convolutions(TorchDispatchMode):

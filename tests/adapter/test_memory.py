@@ -122,6 +122,9 @@ def test_what_a_budget_gives_up_in_which_order():
         (1, False, False),
     ]
     assert strategies(5, None, merge=True) == [Strategy(5, merge=True), *candidates]
+    both = strategies(5, None, merge=True, transform=True)
+    assert both == [Strategy(5, merge=True, transform=True), Strategy(5, merge=True), *candidates]
+    assert strategies(5, None, transform=True) == [Strategy(5, transform=True), *candidates]
     assert [s.at_once for s in strategies(8, 4)] == [4, 4, 4, 3, 2, 1]
     assert strategies(1, None) == [Strategy(1), Strategy(1, stack=False), Strategy(1, stack=False, keep_prompt=False)]
 
