@@ -42,9 +42,10 @@ class Summary:
         adapters: in the order of their slots.
         steps: one entry per UNet evaluation.
         strategies: linear layers per strategy of the kernels' cost model: "fused" (the update inside the base GEMM),
-            "add" (behind it), "definition" (plain torch).
+            "add" (behind it), "merged" (a weight per adapter), "definition" (plain torch).
         refreshes: how often each adapter's whole UNet pass ran, counted over the images of the batch.
-        adapter_bytes: memory of the stacked adapters and of the q, k, v weights laid one below the other.
+        adapter_bytes: memory of the stacked adapters, of the q, k, v weights laid one below the other, and of all merged
+            and transformed weights.
         cache_bytes: memory of the cached features, the prompt's keys and values and the time embeddings.
         strategy: what the run spent memory on; None before the first.
         peak: of `peak_bytes`.
