@@ -44,8 +44,8 @@ class Summary:
         strategies: linear layers per strategy of the kernels' cost model: "fused" (the update inside the base GEMM),
             "add" (behind it), "merged" (a weight per adapter), "definition" (plain torch).
         refreshes: how often each adapter's whole UNet pass ran, counted over the images of the batch.
-        adapter_bytes: memory of the stacked adapters, of the q, k, v weights laid one below the other, and of all merged
-            and transformed weights.
+        adapter_bytes: memory of the stacked adapters, of the q, k, v weights laid one below the other, and of
+            merged and transformed weights.
         cache_bytes: memory of the cached features, the prompt's keys and values and the time embeddings.
         strategy: what the run spent memory on; None before the first.
         peak: of `peak_bytes`.
