@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from diffusers.models.attention import FeedForward
 from harness import compare_calls
 from torch import Tensor, nn
 
 import cmlora
-from cmlora import winograd
+from cmlora import transformer, winograd
 from tests.models import ATTENTION, call, relative, three_adapters
 
 ROWS = 2  # the dominant adapter's, with guidance
@@ -54,3 +55,12 @@ def test_winograd(benchmark, channels: int, side: int, rows: int) -> None:
     case = f"3x3 convolution, {rows} rows of {channels} x {side} x {side}: F(2x2, 3x3)"
     compare(case, lambda: winograd.convolve(x, weight, layer.bias), lambda: layer(x))
     benchmark.pedantic(lambda: winograd.convolve(x, weight, layer.bias), rounds=1)
+
+
+@pytest.mark.parametrize("rows", [ROWS, 5 * ROWS])
+def test_feed_forward_in_parts(benchmark, rows: int) -> None:
+    channels, side = LAYERS[0]
+    layer, x = FeedForward(channels, activation_fn="geglu"), torch.randn(rows, side * side, channels)
+    case = f"feed-forward, {rows} rows of {side * side} x {channels}: in parts"
+    compare(case, lambda: transformer._feed_forward(layer, x), lambda: layer(x))
+    benchmark.pedantic(lambda: transformer._feed_forward(layer, x), rounds=1)

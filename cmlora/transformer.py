@@ -15,8 +15,8 @@ from cmlora.conditions import Conditions
 from cmlora.layers import unhooked
 from cmlora.rows import Rows, Shared, add, lift
 
-TOKENS = 2048
-"""So many go through a feed-forward at once on the CPU."""
+LARGE, TOKENS = 2**23, 2048
+"""On the CPU a feed-forward of more bytes than that goes through so many tokens at a time."""
 
 
 def plain_resnet(module: Any, x: Shared, conditions: Conditions, step: int, rows: Rows) -> Shared:
@@ -77,17 +77,16 @@ def _block(block: Any, tokens: Shared, conditions: Conditions, rows: Rows, every
 
 
 def _feed_forward(module: Any, x: Tensor) -> Tensor:
-    """FeedForward.forward; on the CPU some tokens at a time: what lies between its layers is eight times as wide.
+    """FeedForward.forward; on the CPU in parts where x is large: what lies between its layers is eight times as wide.
 
     The C library's allocator hands large blocks back at once, and the next one's pages are then made anew.
     """
-    tokens = x.flatten(0, 1)
-    if x.device.type != "cpu" or tokens.shape[0] <= TOKENS or not unhooked(module):
-        out: Tensor = module(x)
-        return out
-    out = torch.empty_like(x)
-    for part, changed in zip(torch.split(tokens, TOKENS), torch.split(out.flatten(0, 1), TOKENS), strict=True):
-        changed.copy_(module(part))
+    if x.device.type != "cpu" or x.nbytes <= LARGE or not unhooked(module):
+        changed: Tensor = module(x)
+        return changed
+    tokens, out = x.flatten(0, 1), torch.empty_like(x)
+    for part, into in zip(torch.split(tokens, TOKENS), torch.split(out.flatten(0, 1), TOKENS), strict=True):
+        into.copy_(module(part))
     return out
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmlora
-from cmlora import layers, winograd
+from cmlora import layers, transformer, winograd
 from tests.models import ATTENTION, EVERYTHING, call, relative, three_adapters
 
 METHODS = (
@@ -118,6 +118,19 @@ def test_a_transformed_convolution_follows_its_layer(wide):
     assert x.grad is not None
     transforming.switch(False)
     assert is_direct(layer)
+
+
+def test_a_feed_forward_in_parts_changes_no_image(monkeypatch):
+    pipe = three_adapters(ATTENTION)
+    cmlora.accelerate(pipe, cache_interval=2)
+    want = call(pipe, 3)
+    sizes = []
+    first = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].ff.net[0].proj
+    first.register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0].shape[:-1].numel()))
+    monkeypatch.setattr(transformer, "LARGE", 1)
+    monkeypatch.setattr(transformer, "TOKENS", 100)
+    assert relative(call(pipe, 3), want) < 1e-6
+    assert max(sizes) == 100 > min(sizes)
 
 
 def test_transformed_weights_that_would_outgrow_twice_the_unet_are_not_made_unless_asked_for(wide):
