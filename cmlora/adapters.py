@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Conv2d as PeftConv2d
@@ -106,6 +106,13 @@ def tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
     """The LoRA layers of a model, in its order."""
     return [layer for _, layer in tuner_layers(model) if isinstance(layer, LoraLayer)]
+
+
+def elsewhere(pipe: Any) -> tuple[str, ...]:
+    """Adapters that the pipeline knows outside its UNet."""
+    if not hasattr(pipe, "get_list_adapters"):
+        return ()
+    return tuple(name for part, names in pipe.get_list_adapters().items() if part != "unet" for name in names)
 
 
 def loaded_adapters(model: nn.Module) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
-from cmlora.adapters import AdapterBank, build_bank, choose_adapters, fill_bank, fingerprint, lora_layers
+from cmlora.adapters import AdapterBank, build_bank, choose_adapters, elsewhere, fill_bank, fingerprint, lora_layers
 from cmlora.budget import Strategy, choose, strategies
 from cmlora.conditions import Inputs
 from cmlora.config import CMLoRAConfig
@@ -22,7 +22,7 @@ from cmlora.footprint import RunShape, peak_of_run, predictable
 from cmlora.graphs import Capture, Captured, capture_cuda
 from cmlora.layers import Merging, RowSlots, install, problems, stack_projections, uninstall
 from cmlora.plan import BASE, Step, make_plan, order_adapters
-from cmlora.run import Record, Run, halves_of
+from cmlora.run import Record, Run, halves_of, with_base
 from cmlora.unet import BatchedUNet
 from cmlora.units import check_supported
 from cmlora.winograd import Transforming
@@ -140,8 +140,8 @@ class Denoiser:
         names: tuple[str, ...] = ()
         if self.config.method != "no_lora":
             several = self.config.method != "merge"
-            elsewhere = _elsewhere(self._pipe())
-            names = choose_adapters(self.unet, self.config.adapters, several=several, elsewhere=elsewhere)
+            others = elsewhere(self._pipe())
+            names = choose_adapters(self.unet, self.config.adapters, several=several, elsewhere=others)
             measured = {*self.config.high, *self.config.low}
             if self.profiled and measured != {*names}:
                 raise AdapterError(
@@ -385,27 +385,12 @@ class Denoiser:
                 step.other_coefficient,
                 backend=config.backend,
             )
-            run.weights = _with_base(weights, step)
+            run.weights = with_base(weights, step)
         elif run.weights is None or (step.rotate and not step.gated):
             weights = torch.full((adapters, run.images), step.other_coefficient, device=sample.device)
             if step.early is not None:
                 weights[step.early] = step.dominant_coefficient
-            run.weights = _with_base(weights, step)
+            run.weights = with_base(weights, step)
         if gate is None and config.method == "cmlora" and config.partition == "online" and index > 0:
             gate = high_frequency_share(latents, config.online_cutoff, backend=config.backend)  # for the summary
         return gate
-
-
-def _with_base(weights: Tensor, step: Step) -> Tensor:
-    """Append the base prediction's row where there is one."""
-    bases = len(step.slots) - weights.shape[0]
-    if not bases:
-        return weights
-    return torch.cat((weights, weights.new_full((bases, weights.shape[1]), step.base_coefficient)))
-
-
-def _elsewhere(pipe: Any) -> tuple[str, ...]:
-    """Adapters that the pipeline knows outside its UNet."""
-    if not hasattr(pipe, "get_list_adapters"):
-        return ()
-    return tuple(name for part, names in pipe.get_list_adapters().items() if part != "unet" for name in names)

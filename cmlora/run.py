@@ -126,3 +126,11 @@ class Record:
     dominant: Tensor | int | None
     gate: Tensor | None
     cache_bytes: int
+
+
+def with_base(weights: Tensor, step: Step) -> Tensor:
+    """Append the base prediction's row where there is one."""
+    bases = len(step.slots) - weights.shape[0]
+    if not bases:
+        return weights
+    return torch.cat((weights, weights.new_full((bases, weights.shape[1]), step.base_coefficient)))

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from cmlora.adapters import outline
 
 LEAST_CHANNELS = 256
-"""Below that, in or out, the transforms cost more than the GEMMs save."""
+"""In and out; narrower layers have not been measured."""
 CHUNK = 16 * 2**20
 """Bytes of transformed tiles that are worked on at once: they stay in a cache, and memory does not grow with rows."""
 G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
@@ -43,7 +43,7 @@ def convolve(x: Tensor, transformed: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         Channels innermost.
 
-    Float32 against float64: a relative error below 1e-6, no worse than the direct sum's.
+    In float32 the relative error against float64 is below 1e-6.
     """
     rows, channels, height, width = x.shape
     down, across = -(-height // 2), -(-width // 2)  # tiles; an odd side's last ones reach beyond it
@@ -97,7 +97,8 @@ class TransformedConv2d:
     def __init__(self, layer: nn.Conv2d) -> None:
         self.layer = layer
         self.like = torch.empty(16, *layer.weight.shape[:2], device="meta")
-        self.weight, self.of = self.like, (0, 0)  # none yet
+        self.weight: Tensor = self.like  # none yet
+        self.of: tuple[Tensor, int, int] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = self.layer.weight
@@ -105,8 +106,9 @@ class TransformedConv2d:
             return nn.Conv2d.forward(self.layer, x)
         if isinstance(x, FakeTensor):  # memory is being predicted: shapes are enough
             return convolve(x, self.like, self.layer.bias)
-        now = weight.data_ptr(), weight._version
-        if self.of != now:
+        # held, so that no other weight takes its identity
+        now = (weight, weight.data_ptr(), weight._version)
+        if self.of is None or self.of[0] is not weight or self.of[1:] != now[1:]:
             self.weight, self.of = transform_weight(weight.detach()), now
         return convolve(x, self.weight, self.layer.bias)
 
