@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 import cmlora
 from cmlora import transformer, winograd
+from cmlora.footprint import keep_freed_memory
 from tests.models import ATTENTION, call, relative, three_adapters
 
 ROWS = 2  # the dominant adapter's, with guidance
 LAYERS = [(320, 32), (640, 16), (1280, 8), (1280, 4)]
 """Channels and side of SD1.5's levels at 256 px."""
+
+keep_freed_memory()  # as the engine does
 
 
 def compare(case: str, ours: Callable[[], Tensor], rival: Callable[[], Tensor]) -> None:

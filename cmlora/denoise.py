@@ -18,7 +18,7 @@ from cmlora.budget import Strategy, choose, strategies
 from cmlora.conditions import Inputs
 from cmlora.config import CMLoRAConfig
 from cmlora.errors import AdapterError, RunError
-from cmlora.footprint import RunShape, peak_of_run, predictable
+from cmlora.footprint import RunShape, keep_freed_memory, peak_of_run, predictable
 from cmlora.graphs import Capture, Captured, capture_cuda
 from cmlora.layers import Merging, RowSlots, install, problems, stack_projections, uninstall
 from cmlora.plan import BASE, Step, make_plan, order_adapters
@@ -72,6 +72,9 @@ class Denoiser:
     def open(self) -> None:
         """Put the batched forward on the LoRA layers."""
         self.run, self.is_open = None, True
+        self._unet_bytes = sum(int(p.nbytes) for p in self.unet.parameters())
+        if self._device.type == "cpu":
+            keep_freed_memory()
         self.merging, self.transforming = Merging(self.unet, {}), Transforming(self.unet)
         install(self.bank, self.row_slots, self.config.backend)
         self._stack(self.config.memory_budget is None)  # with a budget, a run's strategy says
@@ -279,10 +282,6 @@ class Denoiser:
             return False
         kept = self.transforming.bytes + (self.merging.bytes if self._may_merge else 0)
         return kept <= 2 * self._unet_bytes
-
-    @property
-    def _unet_bytes(self) -> int:
-        return sum(int(p.nbytes) for p in self.unet.parameters())
 
     def predicted_peak(self) -> int | None:
         """Bytes that the last run takes beside the pipeline's weights; None where that cannot be told."""

@@ -20,6 +20,18 @@ from cmlora.plan import Step
 from cmlora.rows import Rows
 from cmlora.unet import BatchedUNet
 
+LARGEST_BLOCK = 2**25 - 2**16
+"""Bytes: the C library (glibc) hands larger ones back to the system as soon as they are freed, whatever was before."""
+
+
+def keep_freed_memory() -> None:
+    """On the CPU: have the C library keep what a step frees for the next one, which then finds its pages made.
+
+    glibc keeps freed memory up to twice the largest block that was ever handed back, at first 256 KB. One large block,
+    never written to and so never made, is handed back here.
+    """
+    torch.empty(LARGEST_BLOCK, dtype=torch.uint8)
+
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not type it
     """Runs everything on fake tensors of one device; real ones that come along (weights) stand outside the count.

@@ -93,7 +93,7 @@ def check_supported(unet: Any) -> None:
         if value not in allowed:
             raise UnsupportedModelError(f"this UNet's {name} is {value!r}; supported are {allowed}")
     modules: list[Any] = [module for _, module in outline(unet)]
-    processors = {type(m.get_processor()).__name__ for m in modules if hasattr(m, "get_processor")}
+    processors = {type(m.get_processor()).__name__ for m in modules if hasattr(type(m), "get_processor")}
     if any(name.startswith("PAG") for name in processors):
         raise UnsupportedModelError(
             "PAG processors split the batch; use a pipeline without perturbed-attention guidance"

@@ -1,4 +1,4 @@
-"""FLOPs of our ops for torch's counter, which knows nothing of custom ops and counts them as none:
+"""FLOPs for torch's counter, which counts custom ops, and attention on the CPU, as none:
 
 from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(custom_mapping=FLOPS): ...
@@ -52,10 +52,15 @@ def _merged(x: Shape, bank: Shape, *rest: Any, **named: Any) -> int:
     return 2 * math.prod(x) * bank[1]
 
 
+def _attention(query: Shape, key: Shape, value: Shape, *rest: Any, **named: Any) -> int:
+    return 2 * math.prod(query) * key[2] + 2 * math.prod(query[:3]) * math.prod(value[2:])
+
+
 FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.cmlora_kernels.multi_lora_linear: _linear,
     torch.ops.cmlora_kernels.multi_lora_add_: _update,
     torch.ops.cmlora_kernels.multi_lora_conv2d: _conv2d,
     torch.ops.cmlora_kernels.merged_linear: _merged,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,  # torch's counter leaves it out
 }
 """Op -> formula over the shapes of its arguments."""

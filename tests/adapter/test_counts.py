@@ -106,3 +106,14 @@ def test_torchs_flop_counter_sees_our_ops(pattern):
         assert 0.8 * want < flops() < got
     # the prompt's keys and values, and the time embeddings, are computed once instead of twice
     assert 0.95 * want < got <= want
+
+
+def test_attention_on_the_cpu_counts_as_elsewhere():
+    """Torch's counter takes the CPU's kernel for nothing; on `meta` attention is made of products that it knows."""
+    query, key, value = (torch.randn(2, 3, tokens, 16) for tokens in (40, 24, 24))
+    counts = []
+    for device in ("cpu", "meta"):
+        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+            torch.nn.functional.scaled_dot_product_attention(*(x.to(device) for x in (query, key, value)))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 2 * 2 * 2 * 3 * 40 * 24 * 16
