@@ -1,6 +1,7 @@
 """What a step costs, counted: device operations, host reads, floating-point operations; on SD1.5 itself, on `meta`."""
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import cmlora
