@@ -119,10 +119,10 @@ def quality(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many combinations of a size.")] = None,
     detector: Annotated[bool, typer.Option(help="Measure the detector itself first.")] = True,
 ) -> None:
-    """Score the methods with the shipped model: does the picture show every LoRA's concept? Hours for all of it."""
+    """Score the methods with the shipped model: does the picture show every LoRA's concept? Minutes to half an hour."""
     from cmlora import quality as bed
     from cmlora import report as told
-    from cmlora.plots import plot_frontier, plot_quality  # before hours of work: it may lack matplotlib
+    from cmlora.plots import plot_frontier, plot_quality  # before the work: it may lack matplotlib
 
     if half not in ("choose", "report", "all"):
         raise typer.BadParameter(f"--half must be choose, report or all, got {half!r}")

@@ -77,6 +77,8 @@ SEARCH: dict[str, Config] = {
 """One field at a time away from the defaults."""
 
 PRESETS = {"methods": SETTINGS, "frontier": FRONTIER, "search": SEARCH}
+DEFAULTS = ("cmlora online, deviation", "deviation, interval 2, branch 0.1", "defaults")
+"""What the defaults of CMLoRAConfig are called in the presets."""
 
 
 @dataclass(frozen=True)

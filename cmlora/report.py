@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cmlora.quality import Picture, picture_name
+from cmlora.quality import DEFAULTS, Picture, picture_name
 from cmlora.sprites.measure import sheet
 
 RESAMPLES = 2000
@@ -38,10 +38,15 @@ class Line:
             setting=setting,
             size=size,
             present=mean_with_interval([p.present for p in pictures]),
-            concept=mean_with_interval([float(np.mean(list(p.concepts.values()))) for p in pictures]),
+            concept=mean_with_interval([score_of(p) for p in pictures]),
             seconds=float(np.median([p.seconds for p in pictures])),
             gflop=float(np.mean([p.gflop for p in pictures])),
         )
+
+
+def score_of(picture: Picture) -> float:
+    """Probability of a concept, mean over those of the picture."""
+    return float(np.mean(list(picture.concepts.values())))
 
 
 def mean_with_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -82,6 +87,20 @@ def front(points: Sequence[Line]) -> list[Line]:
     return found
 
 
+def gain(pictures: Sequence[Picture], setting: str, reference: str) -> tuple[float, float, float] | None:
+    """Concept score of a setting less that of another on the same combination and noise, mean and interval.
+
+    Most of a score's spread is between combinations, and falls out. None where the two share no picture.
+    """
+    scores = {(p.setting, p.loras, p.seed): score_of(p) for p in pictures}
+    pairs = [
+        (score, scores[reference, loras, seed])
+        for (name, loras, seed), score in scores.items()
+        if name == setting and (reference, loras, seed) in scores
+    ]
+    return mean_with_interval([a - b for a, b in pairs]) if pairs else None
+
+
 def table(pictures: Sequence[Picture]) -> str:
     """Markdown: a row per setting; all-present rate per number of LoRAs, then score and cost over all of them."""
     sizes = sorted({len(p.loras) for p in pictures})
@@ -99,14 +118,18 @@ def table(pictures: Sequence[Picture]) -> str:
 
 
 def cost_table(pictures: Sequence[Picture]) -> str:
-    """Markdown: settings from the cheapest on, and which of them are on the frontier."""
+    """Markdown: settings from the cheapest on, each beside the defaults (or the first setting), and the frontier."""
     points = pooled(pictures)
     ahead = {line.setting for line in front(points)}
-    rows = [["setting", "GFLOP per image", "seconds per image", "concept score", "all present", "on the frontier"]]
-    rows += [["---"] * len(rows[0])]
+    settings = settings_of(pictures)
+    reference = next((name for name in settings if name in DEFAULTS), settings[0])
+    head = ["setting", "GFLOP per image", "seconds per image", "concept score", f"less that of {reference}"]
+    rows = [[*head, "all present", "on the frontier"], ["---"] * (len(head) + 2)]
     for line in points:
+        more = None if line.setting == reference else gain(pictures, line.setting, reference)
+        beside = "" if more is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*more)
         score, present, on = _interval(line.concept), _interval(line.present), "yes" if line.setting in ahead else ""
-        rows.append([line.setting, f"{line.gflop:.1f}", f"{line.seconds:.2f}", score, present, on])
+        rows.append([line.setting, f"{line.gflop:.1f}", f"{line.seconds:.2f}", score, beside, present, on])
     return _markdown(rows)
 
 

@@ -12,11 +12,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def test_the_quality_tables_are_those_of_the_records() -> None:
     pictures = quality.read(RESULTS / "methods" / "quality.jsonl")
-    assert len(pictures) == 380
+    assert len(pictures) == 800
     table = report.table(pictures)
     assert table in (ROOT / "README.md").read_text()
     assert table in (ROOT / "csrc_docs" / "quality.md").read_text()
-    for preset in ("search", "frontier"):
+    for preset in ("search", "confirm", "frontier"):
         costs = report.cost_table(quality.read(RESULTS / preset / "quality.jsonl"))
         assert costs in (ROOT / "csrc_docs" / "quality.md").read_text()
 

@@ -69,6 +69,22 @@ def test_the_interval_is_that_of_the_mean() -> None:
     assert report.mean_with_interval([1.0] * 5) == (1.0, 1.0, 1.0)
 
 
+def test_a_gain_is_between_pictures_of_the_same_combination_and_noise() -> None:
+    """Scores that differ far more between combinations than between settings."""
+    level, better = np.random.default_rng(3).uniform(0.1, 0.8, 12), np.random.default_rng(4).uniform(0.02, 0.06, 12)
+    pictures = [
+        Picture((f"lora {i}", "other"), name, {}, 0, 10, "", {"lora": float(score)}, False, 1.0, 1.0, 1.0)
+        for i in range(12)
+        for name, score in (("first", level[i]), ("second", level[i] + better[i]))
+    ]
+    alone = Picture(("lora 99", "other"), "second", {}, 0, 10, "", {"lora": 0.0}, False, 1.0, 1.0, 1.0)
+    mean, low, high = report.gain([*pictures, alone], "second", "first")
+    assert mean == pytest.approx(better.mean())
+    assert 0 < low < mean < high < 0.06
+    assert report.gain([alone], "second", "first") is None
+    assert "less that of first" in report.cost_table(pictures)
+
+
 def test_a_setting_is_read_and_a_wrong_one_named() -> None:
     name, config = quality.parse_setting("mine:method=cmlora,cache_branch=(0, 1),dominant_weight=2.5")
     assert (name, config) == ("mine", {"method": "cmlora", "cache_branch": (0, 1), "dominant_weight": 2.5})
