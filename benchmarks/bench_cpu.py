@@ -16,11 +16,21 @@ from torch import Tensor, nn
 import cmlora
 from cmlora import transformer, winograd
 from cmlora.footprint import keep_freed_memory
+from cmlora_kernels import cpu_linear
 from tests.models import ATTENTION, call, relative, three_adapters
 
 ROWS = 2  # the dominant adapter's, with guidance
 LAYERS = [(320, 32), (640, 16), (1280, 8), (1280, 4)]
 """Channels and side of SD1.5's levels at 256 px."""
+
+LINEAR = [
+    (2 * 1024, 320, 2560),
+    (2 * 1024, 1280, 320),
+    (10 * 1024, 320, 320),
+    (2 * 256, 640, 5120),
+    (2 * 64, 1280, 10240),
+]
+"""Tokens, in and out of SD1.5's layers at 256 px; at the last one torch's own is kept."""
 
 keep_freed_memory()  # as the engine does
 
@@ -62,10 +72,19 @@ def test_winograd(benchmark, channels: int, side: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [ROWS, 5 * ROWS])
-def test_feed_forward_in_parts(benchmark, rows: int) -> None:
+def test_feed_forward(benchmark, rows: int) -> None:
     channels, side = LAYERS[0]
     layer, x = FeedForward(channels, activation_fn="geglu"), torch.randn(rows, side * side, channels)
-    case = f"feed-forward, {rows} rows of {side * side} x {channels}: in parts"
+    case = f"feed-forward, {rows} rows of {side * side} x {channels}: the engine's"
     compare(case, lambda: transformer._feed_forward(layer, x), lambda: layer(x))
     with torch.no_grad():
         benchmark.pedantic(lambda: transformer._feed_forward(layer, x), rounds=1)
+
+
+@pytest.mark.parametrize(("tokens", "inner", "outer"), LINEAR)
+def test_linear_layers(benchmark, tokens: int, inner: int, outer: int) -> None:
+    layer, x = nn.Linear(inner, outer), torch.randn(tokens, inner)
+    case = f"linear layer, {tokens} tokens, {inner} to {outer}"
+    compare(case, lambda: cpu_linear.linear(x, layer.weight, layer.bias), lambda: layer(x))
+    with torch.no_grad():
+        benchmark.pedantic(lambda: cpu_linear.linear(x, layer.weight, layer.bias), rounds=1)

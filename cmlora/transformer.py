@@ -8,12 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import FeedForward
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmlora.conditions import Conditions
 from cmlora.layers import unhooked
 from cmlora.rows import Rows, Shared, add, lift
+from cmlora_kernels.cpu_linear import linear
 
 LARGE, TOKENS = 2**23, 2048
 """On the CPU a feed-forward of more bytes than that goes through so many tokens at a time."""
@@ -81,13 +84,33 @@ def _feed_forward(module: Any, x: Tensor) -> Tensor:
 
     The C library's allocator hands large blocks back at once, and the next one's pages are then made anew.
     """
-    if x.device.type != "cpu" or x.nbytes <= LARGE or not unhooked(module):
+    if x.device.type != "cpu" or not _is_plain(module):
         changed: Tensor = module(x)
         return changed
+    if x.nbytes <= LARGE:
+        return _geglu(module, x)
     tokens, out = x.flatten(0, 1), torch.empty_like(x)
     for part, into in zip(torch.split(tokens, TOKENS), torch.split(out.flatten(0, 1), TOKENS), strict=True):
-        into.copy_(module(part))
+        into.copy_(_geglu(module, part))
     return out
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a feed-forward is what `_geglu` computes: linear, GEGLU, no dropout in force, linear, nothing around."""
+    first, dropout, *last = module.net
+    layers = (first.proj, *last) if type(first) is GEGLU else ()
+    return (
+        type(module) is FeedForward
+        and [type(layer) for layer in layers] == [nn.Linear, nn.Linear]
+        and (not dropout.training or dropout.p == 0)
+        and all(map(unhooked, (module, first, dropout, *layers)))
+    )
+
+
+def _geglu(module: Any, x: Tensor) -> Tensor:
+    first, _, last = module.net
+    hidden, gate = linear(x, first.proj.weight, first.proj.bias).chunk(2, -1)
+    return linear(hidden * F.gelu(gate), last.weight, last.bias)
 
 
 def _self_attention(attention: Any, x: Shared, conditions: Conditions, rows: Rows) -> Shared:

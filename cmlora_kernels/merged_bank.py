@@ -10,8 +10,8 @@ import itertools
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from cmlora_kernels.cpu_linear import linear
 from cmlora_kernels.dispatch import Backend, check_backend, register, use_triton
 from cmlora_kernels.launch import POINTER, Launch, arch_of
 from cmlora_kernels.primitives import grouped_tile, load_2d
@@ -152,23 +152,14 @@ def _by_runs(x: Tensor, bank: Tensor, bias: Tensor | None, slots: list[int]) -> 
     """No weight is copied, as one gathered per row would be."""
     runs = [(slot, len(list(rows))) for slot, rows in itertools.groupby(slots)]
     if len(runs) == 1:
-        return F.linear(x, bank[runs[0][0]], bias)
+        return linear(x, bank[runs[0][0]], bias)
     in_order = [slot for slot, _ in runs] == list(range(len(runs))) and len({count for _, count in runs}) == 1
     if in_order and x.numel() * bank.shape[1] < SMALL * len(runs):
         tokens, weight = x.reshape(len(runs), -1, x.shape[2]), bank[: len(runs)].transpose(1, 2)
         y = torch.bmm(tokens, weight) if bias is None else torch.baddbmm(bias, tokens, weight)
         return y.view(*x.shape[:2], -1)
-    y = x.new_empty((*x.shape[:2], bank.shape[1]))
-    first = 0
-    for slot, count in runs:
-        tokens, out = x[first : first + count].flatten(0, 1), y[first : first + count].flatten(0, 1)
-        weight = bank[slot].t()
-        if bias is None:
-            torch.mm(tokens, weight, out=out)
-        else:
-            torch.addmm(bias, tokens, weight, out=out)
-        first += count
-    return y
+    parts = torch.split(x, [count for _, count in runs])
+    return torch.cat([linear(part, bank[slot], bias) for part, (slot, _) in zip(parts, runs, strict=True)])
 
 
 def _merged_body(x: Tensor, bank: Tensor, bias: Tensor | None, slots: Tensor, backend: str) -> Tensor:

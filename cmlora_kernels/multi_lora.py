@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cmlora_kernels.cpu_linear import linear
 from cmlora_kernels.dispatch import Backend, check_backend, register, use_triton
 from cmlora_kernels.launch import arch_of
 from cmlora_kernels.multi_lora_add import triton_add
@@ -42,7 +43,7 @@ def linear_definition(
     x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor
 ) -> Tensor:
     """`multi_lora_linear` in plain torch."""
-    return add_definition(F.linear(x, weight, bias), x, slots, a, b, scales)
+    return add_definition(linear(x, weight, bias), x, slots, a, b, scales)
 
 
 def conv2d_definition(

@@ -1,5 +1,6 @@
-"""What only the CPU does: merged weights, Winograd's convolutions, channels innermost."""
+"""What only the CPU does: merged weights, other ways of multiplying, channels innermost."""
 
+import copy
 import os
 import statistics
 import subprocess
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention import FeedForward
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmlora
 from cmlora import layers, transformer, winograd
+from cmlora_kernels import cpu_linear
 from tests.models import ATTENTION, EVERYTHING, call, relative, three_adapters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,12 +133,56 @@ def test_a_feed_forward_in_parts_changes_no_image(monkeypatch):
     cmlora.accelerate(pipe, cache_interval=2)
     want = call(pipe, 3)
     sizes = []
-    first = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].ff.net[0].proj
-    first.register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0].shape[:-1].numel()))
+    monkeypatch.setattr(transformer, "_geglu", lambda module, x: sizes.append(x.shape[0]) or _geglu(module, x))
     monkeypatch.setattr(transformer, "LARGE", 1)
     monkeypatch.setattr(transformer, "TOKENS", 100)
     assert relative(call(pipe, 3), want) < 1e-6
     assert max(sizes) == 100 > min(sizes)
+
+
+_geglu = transformer._geglu
+
+
+def test_a_feed_forward_that_is_not_plain_is_called_as_it_is():
+    """Hooks inside are heard, dropout in training is done, another activation is another activation."""
+    plain, x = FeedForward(16, activation_fn="geglu"), torch.randn(2, 5, 16)
+    assert transformer._is_plain(plain)
+    assert relative(transformer._feed_forward(plain, x), plain.double()(x.double())) < 1e-6
+    heard = []
+    plain.float().net[2].register_forward_hook(lambda *a: heard.append(a))
+    transformer._feed_forward(plain, x)
+    assert len(heard) == 1
+    assert not transformer._is_plain(FeedForward(16, activation_fn="gelu"))
+    assert not transformer._is_plain(FeedForward(16, activation_fn="geglu", dropout=0.1))
+    assert not transformer._is_plain(FeedForward(16, activation_fn="geglu", final_dropout=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 90, 70), (300, 70)], ids=str)
+def test_a_large_linear_layer_is_as_exact_as_torchs(shape, bias, monkeypatch):
+    """As a 1x1 convolution, of x as a view that has gaps, too."""
+    monkeypatch.setattr(cpu_linear, "LARGE", 2**20)
+    layer, wide = nn.Linear(70, 60, bias=bias), torch.randn(*shape[:-1], 2 * shape[-1])
+    for x in (wide[..., :70], wide[..., :70].contiguous()):
+        with Convolutions() as seen:
+            got = cpu_linear.linear(x, layer.weight.detach(), layer.bias)
+        assert len(seen.inputs) == 1
+        assert got.shape == (*shape[:-1], 60)
+        assert got.is_contiguous()
+        assert relative(got, copy.deepcopy(layer).double()(x.double())) < 1e-6
+
+
+def test_only_large_linear_layers_in_float32_are_convolutions():
+    weight = torch.randn(256, 256)
+    for x, expected in (
+        (torch.randn(256, 256), 1),
+        (torch.randn(255, 256), 0),
+        (torch.randn(256, 256, dtype=torch.float64), 0),
+        (torch.randn(256, 256, device="meta"), 0),
+    ):
+        with Convolutions() as seen:
+            cpu_linear.linear(x, weight.to(x.device, x.dtype), None)
+        assert len(seen.inputs) == expected
 
 
 def test_transformed_weights_that_would_outgrow_twice_the_unet_are_not_made_unless_asked_for(wide):
