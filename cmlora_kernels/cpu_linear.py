@@ -9,6 +9,9 @@ from torch.nn import functional as F
 TOKENS, LARGE = 256, 2**24
 """Tokens, and multiplications, from which oneDNN is the faster one; below, laying out the weight costs too much."""
 
+HAS_BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+"""Elsewhere (ARM) torch multiplies by other libraries."""
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear(x, weight, bias), where it is large on the CPU in float32 as a 1x1 convolution.
@@ -23,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         [..., out].
     """
     inner, outer = weight.shape[1], weight.shape[0]
-    large = x.numel() >= TOKENS * inner and x.numel() * outer >= LARGE
+    large = HAS_BOTH and x.numel() >= TOKENS * inner and x.numel() * outer >= LARGE
     if not large or x.device.type != "cpu" or {x.dtype, weight.dtype} != {torch.float32}:
         return F.linear(x, weight, bias)
     # one image, a token per line, channels innermost: a view on both ways

@@ -157,6 +157,10 @@ def test_a_feed_forward_that_is_not_plain_is_called_as_it_is():
     assert not transformer._is_plain(FeedForward(16, activation_fn="geglu", final_dropout=True))
 
 
+both_libraries = pytest.mark.skipif(not cpu_linear.HAS_BOTH, reason="this torch lacks MKL or oneDNN")
+
+
+@both_libraries
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(3, 90, 70), (300, 70)], ids=str)
 def test_a_large_linear_layer_is_as_exact_as_torchs(shape, bias, monkeypatch):
@@ -172,6 +176,7 @@ def test_a_large_linear_layer_is_as_exact_as_torchs(shape, bias, monkeypatch):
         assert relative(got, copy.deepcopy(layer).double()(x.double())) < 1e-6
 
 
+@both_libraries
 def test_only_large_linear_layers_in_float32_are_convolutions():
     weight = torch.randn(256, 256)
     for x, expected in (
