@@ -30,7 +30,7 @@ def keep_freed_memory() -> None:
     glibc keeps freed memory up to twice the largest block that was ever handed back, at first 256 KB. One large block,
     never written to and so never made, is handed back here.
     """
-    torch.empty(LARGEST_BLOCK, dtype=torch.uint8)
+    torch.empty(LARGEST_BLOCK, dtype=torch.uint8, device="cpu")
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not type it

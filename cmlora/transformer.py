@@ -97,11 +97,12 @@ def _feed_forward(module: Any, x: Tensor) -> Tensor:
 
 def _is_plain(module: Any) -> bool:
     """Whether a feed-forward is what `_geglu` computes: linear, GEGLU, no dropout in force, linear, nothing around."""
+    if type(module) is not FeedForward or type(module.net[0]) is not GEGLU:
+        return False
     first, dropout, *last = module.net
-    layers = (first.proj, *last) if type(first) is GEGLU else ()
+    layers = (first.proj, *last)
     return (
-        type(module) is FeedForward
-        and [type(layer) for layer in layers] == [nn.Linear, nn.Linear]
+        [type(layer) for layer in layers] == [nn.Linear, nn.Linear]
         and (not dropout.training or dropout.p == 0)
         and all(map(unhooked, (module, first, dropout, *layers)))
     )

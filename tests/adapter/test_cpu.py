@@ -152,6 +152,7 @@ def test_a_feed_forward_that_is_not_plain_is_called_as_it_is():
     plain.float().net[2].register_forward_hook(lambda *a: heard.append(a))
     transformer._feed_forward(plain, x)
     assert len(heard) == 1
+    assert not transformer._is_plain(nn.Identity())
     assert not transformer._is_plain(FeedForward(16, activation_fn="gelu"))
     assert not transformer._is_plain(FeedForward(16, activation_fn="geglu", dropout=0.1))
     assert not transformer._is_plain(FeedForward(16, activation_fn="geglu", final_dropout=True))
