@@ -16,8 +16,8 @@ HAS_BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_availa
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear(x, weight, bias), where it is large on the CPU in float32 as a 1x1 convolution.
 
-    torch multiplies matrices by MKL and convolves by oneDNN, which was more than twice as fast on the AMD processor that
-    it was measured on (benchmarks/bench_cpu.py).
+    torch multiplies matrices by MKL and convolves by oneDNN, which was more than twice as fast on the AMD
+    processor where it was measured (benchmarks/bench_cpu.py).
 
     Args:
         x: [..., in]. weight: [out, in]. bias: [out] or None.
