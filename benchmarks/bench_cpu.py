@@ -14,8 +14,9 @@ from harness import compare_calls
 from torch import Tensor, nn
 
 import cmlora
-from cmlora import transformer, winograd
-from cmlora.footprint import keep_freed_memory
+from cmlora.engine.footprint import keep_freed_memory
+from cmlora.lora import winograd
+from cmlora.models.unet import layers as transformer
 from cmlora_kernels import cpu_linear
 from tests.models import ATTENTION, call, relative, three_adapters
 

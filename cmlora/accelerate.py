@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from cmlora.config import CMLoRAConfig
-from cmlora.denoise import Denoiser
+from cmlora.engine.denoiser import Denoiser
+from cmlora.engine.hook import find, install, installed, remove
 from cmlora.errors import CMLoRAError, UnsupportedModelError
-from cmlora.hook import find, install, installed, remove
+from cmlora.models.unet.blocks import check_supported
 from cmlora.profile import settle
 from cmlora.summary import Summary, summarise
-from cmlora.units import check_supported
 
 Pipe = TypeVar("Pipe")
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cmlora import CMLoRAError, accelerate, restore, sprites, summary
 from cmlora.config import CMLoRAConfig
-from cmlora.pictures import labelled_grid
+from cmlora.lab.pictures import labelled_grid
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -96,7 +96,7 @@ def demo(
     seed: int = 1,
 ) -> None:
     """Draw the methods side by side with the shipped model: no GPU needed."""
-    from cmlora.demo import run_demo
+    from cmlora.lab.demo import run_demo
 
     for path in run_demo(out, steps, seed):
         typer.echo(f"wrote {path}")
@@ -120,9 +120,9 @@ def quality(
     detector: Annotated[bool, typer.Option(help="Measure the detector itself first.")] = True,
 ) -> None:
     """Score the methods with the shipped model: does the picture show every LoRA's concept? Minutes to half an hour."""
-    from cmlora import quality as bed
-    from cmlora import report as told
-    from cmlora.plots import plot_frontier, plot_quality  # before the work: it may lack matplotlib
+    from cmlora.lab import quality as bed
+    from cmlora.lab import report as told
+    from cmlora.lab.plots import plot_frontier, plot_quality  # before the work: it may lack matplotlib
 
     if half not in ("choose", "report", "all"):
         raise typer.BadParameter(f"--half must be choose, report or all, got {half!r}")
@@ -175,7 +175,7 @@ def profile(
     ] = None,
 ) -> None:
     """Draw with each LoRA alone: which are high, which low frequency; spectra, and similarity of cached features."""
-    from cmlora.plots import write_profile  # first of all: without matplotlib nothing is drawn in vain
+    from cmlora.lab.plots import write_profile  # first of all: without matplotlib nothing is drawn in vain
     from cmlora.profile import profile_loras
 
     files = [LoraFile.parse(text) for text in lora]

@@ -20,12 +20,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from cmlora.adapters import choose_adapters
 from cmlora.config import CMLoRAConfig
-from cmlora.denoise import Denoiser
+from cmlora.engine.denoiser import Denoiser
+from cmlora.engine.hook import installed
 from cmlora.errors import ConfigError, RunError
-from cmlora.hook import installed
-from cmlora.units import check_supported
+from cmlora.lora.bank import choose_adapters
+from cmlora.models.unet.blocks import check_supported
 from cmlora_kernels import radial_profile
 from cmlora_kernels.radial import number_of_bins
 from cmlora_kernels.spectrum import first_high_bin

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cmlora.budget import Strategy
-from cmlora.denoise import Denoiser
-from cmlora.plan import BASE
-from cmlora.run import Record
+from cmlora.compose.plan import BASE
+from cmlora.engine.budget import Strategy
+from cmlora.engine.denoiser import Denoiser
+from cmlora.engine.run import Record
 
 
 @dataclass(frozen=True)

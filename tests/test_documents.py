@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from cmlora import quality, report
+from cmlora.lab import quality, report
 from cmlora.sprites import measure
 
 ROOT = Path(__file__).parents[1]

@@ -3,7 +3,7 @@
 import torch
 
 import cmlora
-from cmlora.conditions import Inputs
+from cmlora.models.unet.conditions import Inputs
 from tests.models import EVERYTHING, add_lora, call, embeddings, relative, sd_pipe, sd_unet
 
 

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmlora
-from cmlora import layers, transformer, winograd
+from cmlora.lora import merged, winograd
+from cmlora.models.unet import layers as transformer
 from cmlora_kernels import cpu_linear
 from tests.models import ATTENTION, EVERYTHING, call, relative, three_adapters
 
@@ -41,7 +42,7 @@ def test_merged_weights_give_what_low_rank_updates_give(choice):
 
 def test_weights_are_merged_again_only_where_adapters_changed(monkeypatch):
     merges = []
-    monkeypatch.setattr(layers, "merge_weights", lambda *a: merges.append(a) or _merge(*a))
+    monkeypatch.setattr(merged, "merge_weights", lambda *a: merges.append(a) or _merge(*a))
     pipe = three_adapters(ATTENTION)
     cmlora.accelerate(pipe)
     call(pipe, 1)
@@ -55,7 +56,7 @@ def test_weights_are_merged_again_only_where_adapters_changed(monkeypatch):
     assert len(merges) == once + 1
 
 
-_merge = layers.merge_weights
+_merge = merged.merge_weights
 
 
 def test_weights_that_would_outgrow_the_unet_are_not_merged_unless_asked_for():

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cmlora
-from cmlora.graphs import capture_cuda
+from cmlora.engine.graphs import capture_cuda
 from tests.models import ATTENTION, SMALL, noises, three_adapters
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

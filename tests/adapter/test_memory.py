@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cmlora
-from cmlora.budget import Strategy, choose, strategies
+from cmlora.engine.budget import Strategy, choose, strategies
 from tests.models import ATTENTION, EVERYTHING, SMALL, noises, relative, three_adapters
 
 CHOICES = (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cmlora import AdapterError, CMLoRAConfig, ConfigError
-from cmlora.plan import make_plan, order_adapters, partition_adapters, refresh_steps
+from cmlora.compose.plan import make_plan, order_adapters, partition_adapters, refresh_steps
 
 NAMES = ("character_1", "style_1", "background_1")
 

@@ -224,6 +224,6 @@ def test_the_command_writes_plots_and_all_numbers(tmp_path):
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "cmlora.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "cmlora.lab.plots", raising=False)
     with pytest.raises(cmlora.CMLoRAError, match=r"pip install 'cmlora\[plots\]'"):
-        importlib.import_module("cmlora.plots")
+        importlib.import_module("cmlora.lab.plots")

@@ -5,9 +5,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from cmlora import quality, report
 from cmlora.errors import ConfigError
-from cmlora.quality import Picture
+from cmlora.lab import quality, report
+from cmlora.lab.quality import Picture
 from cmlora.sprites import role_of
 
 

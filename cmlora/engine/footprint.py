@@ -13,12 +13,13 @@ from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmlora.budget import Strategy
-from cmlora.conditions import Inputs, map_tensors
-from cmlora.layers import stack_projections, unseen, untouched
-from cmlora.plan import Step
-from cmlora.rows import Rows
-from cmlora.unet import BatchedUNet
+from cmlora.batch.rows import Rows
+from cmlora.compose.plan import Step
+from cmlora.engine.budget import Strategy
+from cmlora.lora.layers import unseen, untouched
+from cmlora.lora.stacked import stack_projections
+from cmlora.models.unet.conditions import Inputs, map_tensors
+from cmlora.models.unet.step import BatchedUNet
 
 LARGEST_BLOCK = 2**25 - 2**16
 """Bytes: the C library (glibc) hands larger ones back to the system as soon as they are freed, whatever was before."""
@@ -150,7 +151,7 @@ def peak_of_run(batched: BatchedUNet, shape: RunShape, strategy: Strategy) -> in
     live = LiveBytes(shape.device)
     with torch.no_grad(), unseen(batched.unet), FakeTensorMode(), live:
         traced.keep_prompt = strategy.keep_prompt
-        traced.stacked = stack_projections(batched.unet, batched.row_slots, batched.backend) if strategy.stack else {}
+        traced.stacked = stack_projections(batched.unet, batched.running, batched.backend) if strategy.stack else {}
         inputs = shape.inputs.map(torch.empty_like)  # fake from here on
         timesteps = torch.empty(shape.steps, device=shape.device)
         conditions, cache = None, None

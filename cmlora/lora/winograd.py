@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
-from cmlora.adapters import outline
+from cmlora.lora.bank import outline
 
 LEAST_CHANNELS = 1024
 """In and out; narrower layers gain nothing (csrc_docs/engine.md)."""

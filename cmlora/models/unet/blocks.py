@@ -8,8 +8,8 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from cmlora.adapters import outline
 from cmlora.errors import ConfigError, UnsupportedModelError
+from cmlora.lora.bank import outline
 
 BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", "NoneType")

@@ -20,9 +20,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from cmlora.adapters import outline
-from cmlora.layers import RowSlots, StackedProjection, carrying, unhooked
-from cmlora.rows import Rows, Shared, pick, whole
+from cmlora.batch.rows import Rows, Running, Shared, pick, whole
+from cmlora.lora.bank import outline
+from cmlora.lora.layers import carrying, unhooked
+from cmlora.lora.stacked import StackedProjection
 
 
 @dataclass
@@ -104,7 +105,7 @@ class Conditions:
         unet: the model.
         inputs: of a step of the run.
         timesteps: [steps] of the whole run.
-        row_slots: where the LoRA layers read their slots.
+        running: where the LoRA layers read which rows run.
         stacked: q, k, v stacked, per attention.
         keep_prompt: whether the prompt's keys and values are kept, or made anew at every use.
     """
@@ -114,7 +115,7 @@ class Conditions:
         unet: UNet2DConditionModel,
         inputs: Inputs,
         timesteps: Tensor,
-        row_slots: RowSlots,
+        running: Running,
         stacked: dict[nn.Module, StackedProjection],
         keep_prompt: bool,
     ) -> None:
@@ -122,7 +123,7 @@ class Conditions:
         self.unet = unet
         self.held = Held(inputs)
         self.kwargs = inputs.cross_attention_kwargs
-        self.row_slots = row_slots
+        self.running = running
         self.stacked = stacked
         self.carrying = carrying(unet)
         plain = self.kwargs is None and inputs.attention_mask is None and inputs.encoder_attention_mask is None
@@ -146,12 +147,11 @@ class Conditions:
             everyone: all rows of a step.
             timesteps: [steps] of the whole run.
         """
-        self.row_slots.by_count = everyone.by_count
-        self.times = self._times(inputs, timesteps)
+        with self.running.these(everyone):
+            self.times = self._times(inputs, timesteps)
         for (attention, _), (kept, rows) in self._keys_values.items():
-            self.row_slots.by_count = rows.by_count
-            kept.copy_(self._project(attention, rows))
-        self.row_slots.by_count = None
+            with self.running.these(rows):
+                kept.copy_(self._project(attention, rows))
 
     def one_step(self) -> Conditions:
         """The same with room for the time embedding of one step, as step 0."""
@@ -209,9 +209,8 @@ class Conditions:
             return self._project(attention, rows)
         key = (attention, everyone.known)
         if key not in self._keys_values:
-            before, self.row_slots.by_count = self.row_slots.by_count, everyone.by_count
-            self._keys_values[key] = self._project(attention, everyone), everyone
-            self.row_slots.by_count = before
+            with self.running.these(everyone):
+                self._keys_values[key] = self._project(attention, everyone), everyone
         return pick(self._keys_values[key][0], rows.index)
 
     def _project(self, attention: Any, rows: Rows) -> Tensor:

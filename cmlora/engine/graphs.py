@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmlora.conditions import Conditions, Held, Inputs
-from cmlora.rows import Rows
-from cmlora.unet import BatchedUNet
+from cmlora.batch.rows import Rows
+from cmlora.models.unet.conditions import Conditions, Held, Inputs
+from cmlora.models.unet.step import BatchedUNet
 from cmlora_kernels import combine_noise
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]

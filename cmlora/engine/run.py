@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmlora.budget import Strategy
-from cmlora.conditions import Conditions
+from cmlora.batch.rows import Rows
+from cmlora.compose.plan import Step
+from cmlora.engine.budget import Strategy
+from cmlora.engine.footprint import RunShape
 from cmlora.errors import RunError
-from cmlora.footprint import RunShape
-from cmlora.plan import Step
-from cmlora.rows import Rows
+from cmlora.models.unet.conditions import Conditions
 
 # Pipelines that pass torch.cat([latents] * 2) to the UNet under guidance.
 DOUBLING = (

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cmlora.quality import DEFAULTS, Picture, picture_name
+from cmlora.lab.quality import DEFAULTS, Picture, picture_name
 from cmlora.sprites.measure import sheet
 
 RESAMPLES = 2000

@@ -13,19 +13,22 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
-from cmlora.adapters import AdapterBank, build_bank, choose_adapters, elsewhere, fill_bank, fingerprint, lora_layers
-from cmlora.budget import Strategy, choose, strategies
-from cmlora.conditions import Inputs
+from cmlora.batch.rows import Running
+from cmlora.compose.plan import BASE, Step, make_plan, order_adapters
 from cmlora.config import CMLoRAConfig
+from cmlora.engine.budget import Strategy, choose, strategies
+from cmlora.engine.footprint import RunShape, keep_freed_memory, peak_of_run, predictable
+from cmlora.engine.graphs import Capture, Captured, capture_cuda
+from cmlora.engine.run import Record, Run, halves_of, with_base
 from cmlora.errors import AdapterError, RunError
-from cmlora.footprint import RunShape, keep_freed_memory, peak_of_run, predictable
-from cmlora.graphs import Capture, Captured, capture_cuda
-from cmlora.layers import Merging, RowSlots, install, problems, stack_projections, uninstall
-from cmlora.plan import BASE, Step, make_plan, order_adapters
-from cmlora.run import Record, Run, halves_of, with_base
-from cmlora.unet import BatchedUNet
-from cmlora.units import check_supported
-from cmlora.winograd import Transforming
+from cmlora.lora.bank import AdapterBank, build_bank, choose_adapters, elsewhere, fill_bank, fingerprint, lora_layers
+from cmlora.lora.layers import install, uninstall
+from cmlora.lora.merged import Merging
+from cmlora.lora.stacked import problems, stack_projections
+from cmlora.lora.winograd import Transforming
+from cmlora.models.unet.blocks import check_supported
+from cmlora.models.unet.conditions import Inputs
+from cmlora.models.unet.step import BatchedUNet
 from cmlora_kernels import combine_noise, dominant_from_latents, high_frequency_share, tiles
 from cmlora_kernels.launch import arch_of
 
@@ -45,8 +48,8 @@ class Denoiser:
         self.unet = pipe.unet
         self.config = config
         self.profiled = profiled
-        self.row_slots = RowSlots()
-        self.batched = BatchedUNet(self.unet, config.cache_branch, self.row_slots, config.backend)
+        self.running = Running()
+        self.batched = BatchedUNet(self.unet, config.cache_branch, self.running, config.backend)
         self._peaks: dict[object, int] = {}
         self.capture: Capture = capture_cuda
         self._captured: Captured | None = None
@@ -76,7 +79,7 @@ class Denoiser:
         if self._device.type == "cpu":
             keep_freed_memory()
         self.merging, self.transforming = Merging(self.unet, {}), Transforming(self.unet)
-        install(self.bank, self.row_slots, self.config.backend)
+        install(self.bank, self.running, self.config.backend)
         self._stack(self.config.memory_budget is None)  # with a budget, a run's strategy says
 
     def close(self) -> None:
@@ -90,7 +93,7 @@ class Denoiser:
         """Have the copies of q, k and v, or not."""
         if wanted != bool(self.batched.stacked):
             self.merging.switch(False)
-            stacked = stack_projections(self.unet, self.row_slots, self.config.backend) if wanted else {}
+            stacked = stack_projections(self.unet, self.running, self.config.backend) if wanted else {}
             for projection in stacked.values():
                 projection.fill()
             self.batched.stacked, self.merging, self._captured = stacked, Merging(self.unet, stacked), None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cmlora.denoise import Denoiser
+from cmlora.engine.denoiser import Denoiser
 
 
 class Hook:

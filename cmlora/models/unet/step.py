@@ -16,11 +16,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils.torch_utils import apply_freeu
 from torch import Tensor, nn
 
-from cmlora.conditions import Conditions, Inputs, map_tensors
-from cmlora.layers import RowSlots, StackedProjection
-from cmlora.rows import Rows, Shared, add, concat, lift, pick, whole
-from cmlora.transformer import plain_resnet, plain_transformer
-from cmlora.units import DownUnit, UpUnit, check_supported, cut_of, down_units, up_units
+from cmlora.batch.rows import Rows, Running, Shared, add, concat, lift, pick, whole
+from cmlora.lora.stacked import StackedProjection
+from cmlora.models.unet.blocks import DownUnit, UpUnit, check_supported, cut_of, down_units, up_units
+from cmlora.models.unet.conditions import Conditions, Inputs, map_tensors
+from cmlora.models.unet.layers import plain_resnet, plain_transformer
 from cmlora_kernels import gather_concat, scatter_rows
 from cmlora_kernels.layout import dense_format
 
@@ -31,7 +31,7 @@ class BatchedUNet:
     Args:
         unet: the pipeline's model; its modules are called, never changed.
         branch: (layer, block) of the skip connection at which the deep part begins; None: the last up block's input.
-        row_slots: where the LoRA layers read the slots of the running rows.
+        running: where the LoRA layers read which rows run.
         backend: of the kernels.
 
     Raises:
@@ -40,11 +40,11 @@ class BatchedUNet:
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, branch: tuple[int, int] | None, row_slots: RowSlots, backend: Any
+        self, unet: UNet2DConditionModel, branch: tuple[int, int] | None, running: Running, backend: Any
     ) -> None:
         check_supported(unet)
         self.unet = unet
-        self.row_slots = row_slots
+        self.running = running
         self.backend = backend
         self.stacked: dict[nn.Module, StackedProjection] = {}
         self.keep_prompt = True
@@ -57,11 +57,8 @@ class BatchedUNet:
         """The conditions of the step before while they hold, else new ones; `timesteps` are those of the whole run."""
         if conditions is not None and conditions.hold(inputs):
             return conditions
-        try:
-            self.row_slots.by_count = everyone.by_count
-            return Conditions(self.unet, inputs, timesteps, self.row_slots, self.stacked, self.keep_prompt)
-        finally:
-            self.row_slots.by_count = None
+        with self.running.these(everyone):
+            return Conditions(self.unet, inputs, timesteps, self.running, self.stacked, self.keep_prompt)
 
     def run(
         self,
@@ -89,32 +86,29 @@ class BatchedUNet:
         Returns:
             Noise predictions [rows, channels, height, width], and the cache.
         """
-        try:
-            parts = [Pass(self, inputs, conditions, rows, everyone, step) for rows in everyone.split(at_once)]
-            downs = [part.shallow() for part in parts]
-            if deep is not None:
-                hidden, above = _joined(parts, [hidden for hidden, _ in downs]), downs[0][1][-1]
-                moving = follow and cache is not None
-                later = []  # what waits until the base model's feature, the last, is known
-                for rows in deep.split(at_once):
-                    feature = Pass(self, inputs, conditions, rows, everyone, step).deep(hidden, above)
-                    if moving:
-                        later.append((rows, feature))
-                    else:
-                        cache = self._store(feature, rows, everyone, cache)
-                if later and cache is not None:
-                    _follow_base(cache, later[-1][1][-everyone.own :])
-                for rows, feature in later:
+        parts = [Pass(self, inputs, conditions, rows, everyone, step) for rows in everyone.split(at_once)]
+        downs = [part.shallow() for part in parts]
+        if deep is not None:
+            hidden, above = _joined(parts, [hidden for hidden, _ in downs]), downs[0][1][-1]
+            moving = follow and cache is not None
+            later = []  # what waits until the base model's feature, the last, is known
+            for rows in deep.split(at_once):
+                feature = Pass(self, inputs, conditions, rows, everyone, step).deep(hidden, above)
+                if moving:
+                    later.append((rows, feature))
+                else:
                     cache = self._store(feature, rows, everyone, cache)
-                del hidden
-            assert cache is not None  # the first step of a run is full
-            noises = []
-            for part in parts:
-                skips = downs.pop(0)[1]  # let go of as soon as they are used
-                noises.append(part.top(pick(cache, part.rows.index), skips))
-            return noises[0] if len(noises) == 1 else torch.cat(noises), cache
-        finally:
-            self.row_slots.by_count = None
+            if later and cache is not None:
+                _follow_base(cache, later[-1][1][-everyone.own :])
+            for rows, feature in later:
+                cache = self._store(feature, rows, everyone, cache)
+            del hidden
+        assert cache is not None  # the first step of a run is full
+        noises = []
+        for part in parts:
+            skips = downs.pop(0)[1]  # let go of as soon as they are used
+            noises.append(part.top(pick(cache, part.rows.index), skips))
+        return noises[0] if len(noises) == 1 else torch.cat(noises), cache
 
     def _store(self, feature: Tensor, rows: Rows, everyone: Rows, cache: Tensor | None) -> Tensor:
         """The cache with the feature of some rows in it."""
@@ -150,15 +144,15 @@ class Pass:
 
     def shallow(self) -> tuple[Shared, list[Shared]]:
         """What goes into the deep part, and the skip connections above it."""
-        self.batched.row_slots.by_count = self.rows.by_count
-        skips = self.down(self.batched.shallow_down, self.begin())
+        with self.batched.running.these(self.rows):
+            skips = self.down(self.batched.shallow_down, self.begin())
         residuals = self.inputs.down_block_additional_residuals
         return skips[-1], self.add_residuals(skips, residuals[: len(skips)] if residuals else None)
 
     def top(self, feature: Tensor, skips: list[Shared]) -> Tensor:
         """Noise of all rows from their cached feature and the shallow skip connections."""
-        self.batched.row_slots.by_count = self.rows.by_count
-        return self.end(self.up(self.batched.shallow_up, Shared(feature, True, True), skips, cached=True))
+        with self.batched.running.these(self.rows):
+            return self.end(self.up(self.batched.shallow_up, Shared(feature, True, True), skips, cached=True))
 
     def begin(self) -> Shared:
         """The latents behind conv_in."""
@@ -197,8 +191,11 @@ class Pass:
         """Everything below the cut, x being everyone's; `above` is the last skip connection over it."""
         if self.rows.index is not None and x.by_prediction:
             x = Shared(pick(whole(x, self.everyone), self.rows.index), True, True)
+        with self.batched.running.these(self.rows):
+            return self._below(x, above)
+
+    def _below(self, x: Shared, above: Shared) -> Tensor:
         batched, inputs = self.batched, self.inputs
-        batched.row_slots.by_count = self.rows.by_count
         skips = self.down(batched.deep_down, x)
         x = skips[-1]
         residuals = inputs.down_block_additional_residuals

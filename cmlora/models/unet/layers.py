@@ -13,9 +13,9 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cmlora.conditions import Conditions
-from cmlora.layers import unhooked
-from cmlora.rows import Rows, Shared, add, lift
+from cmlora.batch.rows import Rows, Shared, add, lift
+from cmlora.lora.layers import unhooked
+from cmlora.models.unet.conditions import Conditions
 from cmlora_kernels.cpu_linear import linear
 
 LARGE, TOKENS = 2**23, 2048

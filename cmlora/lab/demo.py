@@ -12,7 +12,7 @@ from PIL import Image
 
 from cmlora import sprites
 from cmlora.accelerate import accelerate, restore, summary
-from cmlora.pictures import labelled_grid, timeline
+from cmlora.lab.pictures import labelled_grid, timeline
 
 METHODS = ("merge", "switch", "composite", "cmlora")
 ADAPTERS = {  # role, in the order in which LoRAs are added -> trigger word and its clause

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from cmlora.errors import CMLoRAError
+from cmlora.lab.report import Line, front
 from cmlora.profile import Profile, Signal, high_frequency_difference
-from cmlora.report import Line, front
 
 try:
     from matplotlib import colormaps
