@@ -15,6 +15,8 @@ Combine = Literal["mean", "deviation"]
 LateStage = Literal["shift", "low"]
 Backend = Literal["auto", "torch", "triton"]
 CacheSchedule = Literal["nonuniform", "quadratic"]
+Recipe = tuple[tuple[str, float], ...]
+"""What one slot of the batch stands for: adapters that act together, each with a weight; () is the base model."""
 
 
 @dataclass(frozen=True, kw_only=True)
