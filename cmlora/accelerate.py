@@ -9,38 +9,21 @@ from typing import Any, TypeVar
 from cmlora.config import CMLoRAConfig
 from cmlora.engine.denoiser import Denoiser
 from cmlora.engine.hook import find, install, installed, remove
-from cmlora.errors import CMLoRAError, UnsupportedModelError
-from cmlora.models.unet.blocks import check_supported
+from cmlora.errors import CMLoRAError
+from cmlora.models import FAMILIES, find_family
 from cmlora.profile import settle
 from cmlora.summary import Summary, summarise
 
 Pipe = TypeVar("Pipe")
 
-_SUPPORTED = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionControlNetPipeline",
-    "StableDiffusionControlNetImg2ImgPipeline",
-    "StableDiffusionControlNetInpaintPipeline",
-    "StableDiffusionAdapterPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusionXLInpaintPipeline",
-    "StableDiffusionXLControlNetPipeline",
-    "StableDiffusionXLControlNetImg2ImgPipeline",
-    "StableDiffusionXLControlNetInpaintPipeline",
-    "StableDiffusionXLAdapterPipeline",
-)
-
 
 def supported_pipelines() -> tuple[str, ...]:
     """Names of the diffusers pipelines that are known to work.
 
-    Others with a UNet2DConditionModel of the same blocks, called once per step with the elements of their scheduler's
-    timesteps, are accepted, too.
+    Others with a model of the same families are accepted, too, and so are loops of one's own that pass the elements of
+    the pipeline's scheduler.timesteps.
     """
-    return _SUPPORTED
+    return tuple(name for family in FAMILIES for name in family.pipelines)
 
 
 def accelerate(pipe: Pipe, config: CMLoRAConfig | None = None, **overrides: Any) -> Pipe:
@@ -92,12 +75,6 @@ def summary(pipe: Any) -> Summary:
 
 def _make_denoiser(pipe: Any, config: CMLoRAConfig | None, overrides: dict[str, Any]) -> Denoiser:
     built = CMLoRAConfig.build(config, overrides)
-    unet = getattr(pipe, "unet", None)
-    if unet is None:
-        raise UnsupportedModelError(
-            f"{type(pipe).__name__} has no unet; cmlora composes LoRAs on UNet2DConditionModel pipelines: "
-            + ", ".join(_SUPPORTED)
-        )
-    check_supported(unet)
+    find_family(pipe)  # what cannot be run is refused before anything is drawn to settle it
     profiled = built.high == "auto" and built.method == "cmlora"  # other methods know no high and low
     return Denoiser(pipe, settle(pipe, built) if profiled else built, profiled=profiled)

@@ -20,12 +20,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from cmlora.batch.inputs import Inputs
 from cmlora.config import CMLoRAConfig
 from cmlora.engine.denoiser import Denoiser
 from cmlora.engine.hook import installed
+from cmlora.engine.run import Lane, Run
 from cmlora.errors import ConfigError, RunError
 from cmlora.lora.bank import choose_adapters
-from cmlora.models.unet.blocks import check_supported
+from cmlora.models import find_family
 from cmlora_kernels import radial_profile
 from cmlora_kernels.radial import number_of_bins
 from cmlora_kernels.spectrum import first_high_bin
@@ -147,11 +149,11 @@ def profile_loras(
     """
     if by not in get_args(Signal):
         raise ConfigError(f"by must be one of 'feature', 'latents', got {by!r}")
-    check_supported(getattr(pipe, "unet", None))
+    _, module = find_family(pipe)
     config = config or CMLoRAConfig()
     chosen = config.adapters if names is None else tuple(names)
     loras = {}
-    for name in choose_adapters(pipe.unet, chosen, several=True):
+    for name in choose_adapters(module, chosen, several=True):
         alone = replace(config, method="merge", adapters=[name], cache_interval=1, high=(), low=())
         with _own_scheduler(pipe, name), installed(pipe, watched := _Watched(pipe, alone)):
             generator = torch.Generator().manual_seed(seed)
@@ -231,14 +233,12 @@ class _Watched(Denoiser):
         self.feature: list[Tensor] = []
         self.cached: list[Tensor] = []  # [rows, values] in the pipeline's own precision, where it runs
 
-    def __call__(self, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        noise = super().__call__(sample, *args, **kwargs)
-        assert self.run is not None
-        assert self.run.cache is not None  # refreshed in every step, never written again
-        latents = sample[:, : self.unet.config.out_channels]  # an inpainting UNet's input carries the mask behind them
-        self.latents.append(radial_profile(latents, True, self.config.backend))
-        self.feature.append(radial_profile(self.run.cache, False, self.config.backend))
-        self.cached.append(self.run.cache.flatten(1))
+    def _step(self, run: Run, lane: Lane, inputs: Inputs) -> Tensor:
+        noise = super()._step(run, lane, inputs)
+        assert lane.cache is not None  # refreshed in every step, never written again
+        self.latents.append(radial_profile(self.batched.latents(inputs), True, self.config.backend))
+        self.feature.append(radial_profile(lane.cache, False, self.config.backend))
+        self.cached.append(lane.cache.flatten(1))
         return noise
 
     def result(self, name: str, image: Tensor | None) -> LoraProfile:

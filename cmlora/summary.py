@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -90,24 +90,34 @@ class Summary:
 
 def summarise(denoiser: Denoiser) -> Summary:
     """Read the last run's record back from the device."""
-    bank, run = denoiser.bank, denoiser.last_run
-    names = bank.names
-    if run is None:
-        return Summary(
-            denoiser.config.method, names, (), {}, {}, denoiser.adapter_bytes, 0, None, denoiser.predicted_peak
-        )
-    labels = ("+".join(names),) if denoiser.config.method == "merge" else names
+    names, run, spending, method = denoiser.names, denoiser.last_run, denoiser.spending, denoiser.config.method
+    lanes = [] if run is None else run.lanes
+    labels = ("+".join(names),) if method == "merge" else names
     refreshes = dict.fromkeys(("base", *labels), 0)
-    steps = []
-    for record in run.record:
-        for name in _refreshed(record, labels):
-            refreshes[name] += 1
-        steps.append(_step(record, names))
-    counted = {name: count for name, count in refreshes.items() if count or name != "base"}
-    cache_bytes = max((record.cache_bytes for record in run.record), default=0)
-    strategies, method = denoiser.strategies(), denoiser.config.method
-    adapter_bytes, peak = denoiser.adapter_bytes, denoiser.predicted_peak
-    return Summary(method, names, tuple(steps), counted, strategies, adapter_bytes, cache_bytes, run.strategy, peak)
+    steps: dict[int, StepSummary] = {}
+    for lane in lanes:
+        for record in lane.record:
+            for name in _refreshed(record, labels):
+                refreshes[name] += 1
+            told = _step(record, names)
+            steps[record.index] = _together(steps[record.index], told) if record.index in steps else told
+    return Summary(
+        method=method,
+        adapters=names,
+        steps=tuple(steps[index] for index in sorted(steps)),
+        refreshes={name: count for name, count in refreshes.items() if count or name != "base"} if lanes else {},
+        strategies=spending.layer_strategies() if lanes else {},
+        adapter_bytes=spending.adapter_bytes,
+        cache_bytes=sum(max((record.cache_bytes for record in lane.record), default=0) for lane in lanes),
+        strategy=None if run is None else run.strategy,
+        peak=lambda: spending.predicted_peak(run),
+    )
+
+
+def _together(one: StepSummary, other: StepSummary) -> StepSummary:
+    """Guidance halves that were called one by one: the rows of both; what was decided is the same for both."""
+    full, shallow = one.rows_full + other.rows_full, one.rows_shallow + other.rows_shallow
+    return replace(one, rows_full=full, rows_shallow=shallow)
 
 
 def _mebi(size: int) -> str:
@@ -125,16 +135,14 @@ def _refreshed(record: Record, labels: Sequence[str]) -> list[str]:
     """The adapter of every full pass of a step, once per image of the pipeline's batch."""
     step = record.step
     predictions = range(len(step.slots)) if record.refreshed_all else step.refresh
-    names = [
-        labels[step.slots[p]] if step.slots[p] != BASE else "base" for p in predictions for _ in range(record.rows)
-    ]
+    names = [labels[step.slots[p]] if step.slots[p] != BASE else "base" for p in predictions for _ in range(record.own)]
     if step.refresh_dominant and not record.refreshed_all:
-        names += [labels[slot] for slot in _per_row(record.dominant, record.rows)]
+        names += [labels[slot] for slot in _per_row(record.dominant, record.own)]
     return names
 
 
 def _step(record: Record, names: Sequence[str]) -> StepSummary:
-    step, rows = record.step, record.rows
+    step, rows = record.step, record.own
     predictions = len(step.slots) if record.refreshed_all else step.full_predictions
     dominant = tuple(names[slot] for slot in _per_row(record.dominant, rows)) if step.early is not None else ()
     gate = () if record.gate is None else tuple(float(m) for m in record.gate.tolist())

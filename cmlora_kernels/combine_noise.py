@@ -114,7 +114,7 @@ def guided_definition(noise: Tensor, coefficients: Tensor, scale: float, rescale
     u, c = combine_definition(noise.float(), coefficients).chunk(2)
     guided = u + scale * (c - u)
     if rescale:
-        std_c, std_guided = (t.flatten(1).std(1).view(-1, 1, 1, 1) for t in (c, guided))
+        std_c, std_guided = (t.flatten(1).std(1).view(-1, *[1] * (t.ndim - 1)) for t in (c, guided))
         guided = guided * (rescale * std_c / std_guided + (1 - rescale))
     return guided.to(noise.dtype).contiguous(memory_format=dense_format(noise))
 
@@ -242,12 +242,12 @@ def combine_noise(noise: Tensor, coefficients: Tensor, backend: Backend = "auto"
     """Weighted sum of the adapters' noise predictions, weights per image, in float32.
 
     Args:
-        noise: [adapters * rows, channels, height, width], adapter-major.
+        noise: [adapters * rows, ...], adapter-major: channels, height, width, or tokens, channels.
         coefficients: [adapters, rows] float32.
         backend: "auto", "torch" or "triton".
 
     Returns:
-        [rows, channels, height, width] of noise's dtype, channels_last where noise is.
+        [rows, ...] of noise's dtype, channels_last where noise is.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or an unknown backend.
@@ -267,14 +267,14 @@ def combine_guided_noise(
     """`combine_noise`, classifier-free guidance and `guidance_rescale` in one pass (two launches with rescale).
 
     Args:
-        noise: [adapters * rows, channels, height, width], adapter-major; rows = unconditional images, then the same
+        noise: [adapters * rows, ...], adapter-major; rows = unconditional images, then the same
             images conditional, as diffusers stacks them.
         coefficients: [adapters, rows] float32.
         guidance_scale, guidance_rescale: as in diffusers' pipelines; 0 leaves the guided prediction unscaled.
         backend: "auto", "torch" or "triton".
 
     Returns:
-        [rows / 2, channels, height, width] of noise's dtype.
+        [rows / 2, ...] of noise's dtype.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, an odd number of rows, or an unknown backend.
@@ -288,8 +288,8 @@ def combine_guided_noise(
 
 def _check(noise: Tensor, coefficients: Tensor, backend: str) -> None:
     check_backend(backend)
-    if noise.ndim != 4:
-        raise ValueError(f"noise must be [adapters * rows, channels, height, width], got {tuple(noise.shape)}")
+    if noise.ndim < 2:
+        raise ValueError(f"noise must be [adapters * rows, ...], got {tuple(noise.shape)}")
     if coefficients.ndim != 2 or coefficients.numel() != noise.shape[0]:
         raise ValueError(
             f"coefficients must be [adapters, rows] with adapters * rows = {noise.shape[0]}, "

@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def dense_format(*tensors: Tensor) -> torch.memory_format:
-    """channels_last where all of the [rows, channels, height, width] tensors lie so, else contiguous."""
+    """channels_last where all of the tensors are [rows, channels, height, width] and lie so, else contiguous."""
     if any(not t.is_contiguous() for t in tensors) and all(
-        t.is_contiguous(memory_format=torch.channels_last) for t in tensors
+        t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) for t in tensors
     ):
         return torch.channels_last
     return torch.contiguous_format

@@ -108,7 +108,7 @@ def test_no_file_imports_itself_in_a_circle():
 
 def is_file(name: str) -> bool:
     path = ROOT / Path(*name.split("."))
-    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file() and bool(room_of(name))
+    return path.with_suffix(".py").is_file() or ((path / "__init__.py").is_file() and bool(room_of(name)))
 
 
 def test_every_room_has_a_rank():

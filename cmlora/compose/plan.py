@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from cmlora.config import CMLoRAConfig
+from cmlora.config import CMLoRAConfig, Recipe
 from cmlora.errors import AdapterError, ConfigError
 
 ROLES_LOW = ("background",)
@@ -85,12 +85,19 @@ def order_adapters(names: Sequence[str], config: CMLoRAConfig) -> tuple[str, ...
             f"method={config.method!r} composes at least two adapters, got {', '.join(names) or 'none'}; "
             "load another LoRA and activate both with pipe.set_adapters([...]), or use method='merge'"
         )
-    if config.method in ("merge", "switch") and not names:
-        raise AdapterError(f"method={config.method!r} needs an adapter, got none; load one with pipe.load_lora_weights")
+    if config.method == "switch" and not names:
+        raise AdapterError("method='switch' needs an adapter, got none; load one with pipe.load_lora_weights")
     if config.method != "cmlora":
         return tuple(names)
     high, low = partition_adapters(names, config)
     return high + low
+
+
+def make_recipes(config: CMLoRAConfig, names: Sequence[str]) -> tuple[Recipe, ...]:
+    """What the slots stand for: all adapters together for merge, else one each."""
+    if config.method == "merge":
+        return (tuple((name, 1.0) for name in names),) if names else ()
+    return tuple(((name, 1.0),) for name in names)
 
 
 def refresh_steps(config: CMLoRAConfig, steps: int) -> frozenset[int]:
@@ -137,7 +144,7 @@ def make_plan(config: CMLoRAConfig, names: Sequence[str], steps: int) -> tuple[S
     if config.method in ("composite", "cmlora"):
         planned = _many(config, names, steps)
     else:
-        planned = _single(config, len(names), steps)
+        planned = _single(config, 0 if config.method == "no_lora" else len(names), steps)
     return tuple(_bound_age(planned, config.max_cache_age))
 
 
@@ -145,11 +152,9 @@ def _single(config: CMLoRAConfig, adapters: int, steps: int) -> list[Step]:
     """no_lora, merge, switch: one prediction a step; a switch of adapters is a refresh."""
     refreshes = refresh_steps(config, steps)
     planned: list[Step] = []
+    only = 0 if adapters else BASE
     for i in range(steps):
-        if config.method == "switch":
-            slot = (max(i - 1, 0) // config.switch_step) % adapters
-        else:
-            slot = BASE if config.method == "no_lora" else 0
+        slot = (max(i - 1, 0) // config.switch_step) % adapters if config.method == "switch" else only
         changed = bool(planned) and planned[-1].slots != (slot,)
         refresh = (0,) if i in refreshes or changed else ()
         planned.append(Step((slot,), refresh, False, None, None, False, 1.0, 1.0))

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cmlora.batch.inputs import Inputs, map_tensors
 from cmlora.batch.rows import Rows
 from cmlora.compose.plan import Step
 from cmlora.engine.budget import Strategy
-from cmlora.lora.layers import unseen, untouched
+from cmlora.lora.layers import unseen
 from cmlora.lora.stacked import stack_projections
-from cmlora.models.unet.conditions import Inputs, map_tensors
-from cmlora.models.unet.step import BatchedUNet
+from cmlora.models.family import Batched
 
 LARGEST_BLOCK = 2**25 - 2**16
-"""Bytes: the C library (glibc) hands larger ones back to the system as soon as they are freed, whatever was before."""
+"""Bytes; just under the 32 MiB from which on the C library (glibc) gives freed blocks back to the system at once."""
 
 
 def keep_freed_memory() -> None:
@@ -99,12 +99,6 @@ def _workspace(func: Any, args: Any, out: Any) -> int:
     return int(max(x.nbytes + weight.nbytes + out.nbytes, 2 * out.nbytes))
 
 
-def predictable(unet: Any) -> bool:
-    """Whether a UNet can be run on tensors without data: no code of the user's is in it, hooks or processors."""
-    processors = {type(p).__module__.split(".")[0] for p in unet.attn_processors.values()}
-    return untouched(unet) and processors <= {"diffusers"}
-
-
 @dataclass(frozen=True)
 class RunShape:
     """All that a run's memory depends on beside the model and its adapters.
@@ -136,7 +130,7 @@ class RunShape:
         return (self.inputs.signature(), self.steps, self.predictions, self.halves, self.device)
 
 
-def peak_of_run(batched: BatchedUNet, shape: RunShape, strategy: Strategy) -> int:
+def peak_of_run(batched: Batched[Any, Any], shape: RunShape, strategy: Strategy) -> int:
     """Bytes of a run beside the weights and the adapters: caches, q, k, v copies, and the most that is alive in a step.
 
     A step in which all rows run the whole UNet, behind others that filled the caches; no other kind takes more.
@@ -149,9 +143,9 @@ def peak_of_run(batched: BatchedUNet, shape: RunShape, strategy: Strategy) -> in
     own = shape.inputs.sample.shape[0]
     traced = copy.copy(batched)
     live = LiveBytes(shape.device)
-    with torch.no_grad(), unseen(batched.unet), FakeTensorMode(), live:
+    with torch.no_grad(), unseen(batched.module), FakeTensorMode(), live:
         traced.keep_prompt = strategy.keep_prompt
-        traced.stacked = stack_projections(batched.unet, batched.running, batched.backend) if strategy.stack else {}
+        traced.stacked = stack_projections(batched.module, batched.running, batched.backend) if strategy.stack else {}
         inputs = shape.inputs.map(torch.empty_like)  # fake from here on
         timesteps = torch.empty(shape.steps, device=shape.device)
         conditions, cache = None, None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cmlora.batch.inputs import Held, Inputs
 from cmlora.batch.rows import Rows
-from cmlora.models.unet.conditions import Conditions, Held, Inputs
-from cmlora.models.unet.step import BatchedUNet
+from cmlora.models.family import Batched, Conditions
 from cmlora_kernels import combine_noise
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -38,7 +39,7 @@ class Captured:
         capture: makes a replay of a function of no arguments, without running it.
     """
 
-    def __init__(self, batched: BatchedUNet, inputs: Inputs, at_once: int, capture: Capture) -> None:
+    def __init__(self, batched: Batched[Any, Any], inputs: Inputs, at_once: int, capture: Capture) -> None:
         self.batched = batched
         self.at_once = at_once
         self.capture = capture
@@ -47,12 +48,12 @@ class Captured:
         self.cache: Tensor | None = None
         self.noise: Tensor | None = None
         self.conditions: Conditions | None = None
-        self._held: Held | None = None
+        self.held: Held | None = None
         self._kinds: dict[tuple[object, ...], _Kind] = {}
 
     def begin(self, inputs: Inputs, everyone: Rows, timesteps: Tensor) -> Conditions:
         """Take over a run's conditions and schedule [steps], in the memory of the last ones."""
-        self._held = Held(inputs)
+        self.held = Held(inputs)
         self._load(inputs)
         if self.conditions is None:
             self.conditions = self.batched.prepare(self.inputs, everyone, None, timesteps)
@@ -66,8 +67,8 @@ class Captured:
         return (
             conditions is not None
             and conditions is self.conditions
-            and self._held is not None
-            and self._held.still(inputs)
+            and self.held is not None
+            and self.held.still(inputs)
         )
 
     def step(
@@ -80,7 +81,7 @@ class Captured:
         weights: Tensor | None,
         follow: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """One step, as `BatchedUNet.run` and `combine_noise` behind it.
+        """One step, as `Batched.run` and `combine_noise` behind it.
 
         Args:
             inputs: of the pipeline's own rows.
@@ -88,12 +89,11 @@ class Captured:
             everyone, deep: all rows; those that run the deep part.
             cache: the cached features; None where everyone runs the deep part.
             weights: [predictions, images]; None: a single prediction is the noise.
-            follow: as for `BatchedUNet.run`.
+            follow: as for `Batched.run`.
         """
         assert self.conditions is not None
         self._load(inputs)
-        if self.conditions.times is not None and self.one_step.times is not None:
-            self.one_step.times.copy_(self.conditions.times[index : index + 1])
+        self.one_step.load_step(self.conditions, index)
         if cache is not None and cache is not self.cache:  # of a run that began eagerly or in another shape
             self.cache = cache.clone() if self.cache is None else self.cache.copy_(cache)
         key = (everyone.known, 0 if deep is None else deep.predictions, cache is None, follow)

@@ -1,65 +1,112 @@
-"""Our forward in the place of a UNet's, and its way back."""
+"""Our forward in the place of a module's, and its way back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import nn
+
+from cmlora.batch.replaced import give_back_forward, replace_forward
 from cmlora.engine.denoiser import Denoiser
+from cmlora.errors import UnsupportedModelError
+from cmlora.models import modules_of
+
+_hooks: weakref.WeakSet[Hook] = weakref.WeakSet()
+"""Those in force. A module holds its hook by its forward; here it is only found again, also where the pipeline has
+another module by now, or a wrapper stands around our forward."""
 
 
 class Hook:
-    """A denoiser in the place of its UNet's forward, and what stood there."""
+    """A denoiser in the place of its module's forward, and what stood there.
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    Raises:
+        UnsupportedModelError: forward is somebody else's already.
+    """
+
+    def __init__(self, pipe: Any, denoiser: Denoiser) -> None:
+        self.pipe = weakref.ref(pipe)
         self.denoiser = denoiser
-        self.state = denoiser.unet.__dict__
+        self.module: nn.Module = denoiser.module
+        state = self.module.__dict__
         # An offload hook of accelerate keeps the forward that it wraps in _old_forward: ours goes there, where the
         # weights have been moved already. Set up after ours, such a hook moves ours there by itself.
-        slot = "_old_forward" if "_old_forward" in self.state else "forward"
-        self.slot = slot
-        self.was_set = slot in self.state
-        self.original = getattr(denoiser.unet, slot)
-        self.forward = denoiser.make_forward(self.original)
-        self.forward.cmlora = self  # type: ignore[attr-defined]  # how it is found again, with nothing global
+        self.slot = "_old_forward" if "_old_forward" in state else "forward"
+        own = find_on(self.module)
+        original = own.original if own is not None else getattr(self.module, self.slot)
+        _must_be_its_own(self.module, original)
+        self.original: Callable[..., Any] = original
+        self.forward = self._make_forward()
+
+    def _make_forward(self) -> Callable[..., Any]:
+        """A stand-in for the module's forward with the same signature; eager in a compiled model."""
+        signature = inspect.signature(self.original)
+
+        @functools.wraps(self.original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self not in _hooks:  # taken out, but a wrapper around it goes on calling it
+                return self.original(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            with torch.no_grad():
+                return self.denoiser(**bound.arguments)
+
+        eager: Callable[..., Any] = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]  # torch's
+        eager.cmlora = self  # type: ignore[attr-defined]  # how a module finds it
+        return eager
 
     def install(self) -> None:
         self.denoiser.open()
-        self.state[self.slot] = self.forward
+        replace_forward(self.module, self.forward, self.slot)
+        _hooks.add(self)
 
     def uninstall(self) -> None:
+        _hooks.discard(self)
         self.denoiser.close()
-        if self.state.get("_old_forward") is self.forward:
-            self.state["_old_forward"] = self.original
-        if self.state.get("forward") is self.forward:
-            if self.was_set:
-                self.state["forward"] = self.original
-            else:
-                del self.state["forward"]
+        give_back_forward(self.module, self.forward)
+
+
+def _must_be_its_own(module: nn.Module, forward: Any) -> None:
+    if isinstance(forward, types.MethodType) and forward.__func__ is type(module).forward:
+        return
+    code = getattr(forward, "__code__", None)  # functools.wraps gives a wrapper the name of what it wraps
+    name = type(forward).__name__ if code is None else f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+    raise UnsupportedModelError(
+        f"{type(module).__name__}.forward was replaced by {name} already, which ours "
+        "would bypass: take that out first (del module.forward, or the helper's own disable), call "
+        "cmlora.accelerate, and put it around ours afterwards"
+    )
+
+
+def find_on(module: nn.Module) -> Hook | None:
+    """The hook in force on a module."""
+    return next((hook for hook in _hooks if hook.module is module), None)
 
 
 def find(pipe: Any) -> Hook | None:
-    """The hook on the pipeline's UNet, if it is in force."""
-    state = getattr(getattr(pipe, "unet", None), "__dict__", {})
-    for slot in ("forward", "_old_forward"):
-        hook = getattr(state.get(slot), "cmlora", None)
-        # what wraps our forward may carry its attributes: only ours itself counts
-        if isinstance(hook, Hook) and state[slot] is hook.forward:
+    """The hook in force on one of the pipeline's modules, else the one that was installed through this pipeline."""
+    for module in modules_of(pipe):
+        hook = find_on(module)
+        if hook is not None:
             return hook
-    return None
+    return next((hook for hook in _hooks if hook.pipe() is pipe), None)
 
 
 def install(pipe: Any, denoiser: Denoiser) -> None:
     """Put a denoiser in, in the place of another one."""
+    hook = Hook(pipe, denoiser)
     remove(pipe)
-    Hook(denoiser).install()
+    hook.install()
 
 
 def remove(pipe: Any) -> None:
     """Take out what `install` put in; nothing happens where there is nothing."""
-    hook = find(pipe)
-    if hook is not None:
+    while (hook := find(pipe)) is not None:
         hook.uninstall()
 
 

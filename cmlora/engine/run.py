@@ -2,105 +2,98 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from dataclasses import dataclass, field
-from typing import Any
+from types import CodeType
 
 import torch
 from torch import Tensor
 
+from cmlora.batch.inputs import Held, Inputs
 from cmlora.batch.rows import Rows
 from cmlora.compose.plan import Step
 from cmlora.engine.budget import Strategy
 from cmlora.engine.footprint import RunShape
 from cmlora.errors import RunError
-from cmlora.models.unet.conditions import Conditions
-
-# Pipelines that pass torch.cat([latents] * 2) to the UNet under guidance.
-DOUBLING = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionControlNetPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusionXLInpaintPipeline",
-    "StableDiffusionXLControlNetPipeline",
-)
-
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def halves_of(pipe: Any, sample: Tensor) -> int:
-    """2 where the pipeline doubles its latents for guidance; looked at once, before a run's first step."""
-    known = any(kind.__name__ in DOUBLING for kind in type(pipe).__mro__)
-    if not known or sample.shape[0] % 2 or not getattr(pipe, "do_classifier_free_guidance", False):
-        return 1
-    return 2 if sample.is_meta or torch.equal(*sample.chunk(2)) else 1
+from cmlora.models.family import Conditions, Place
 
 
 @dataclass
-class Run:
-    """State of one denoising run; a new run starts with a new one."""
+class Lane:
+    """What a run keeps for one call per step: all guidance halves in one batch, or a half that is called for itself.
 
-    plan: tuple[Step, ...]
-    timesteps: Tensor  # held, so that another run's schedule cannot take its address
-    first: int  # the run's first position in the schedule (img2img starts in the middle)
-    halves: int  # of guidance that have the same latents
-    images: int  # rows of the pipeline's own batch: guidance halves x images
+    Attributes:
+        own: rows of the pipeline's own batch, halves x images.
+        halves: of guidance that they are certain to be made of.
+        shape: of the sample.
+        sample: of the last call, held so that the next half can be told from another step.
+        position: of the last call in the schedule.
+        cache: [rows, ...] cached features; conditions: what is computed once; held: the inputs that it is made of.
+        rows: of the steps so far, by what they are made of.
+        dominant: [own], where the device chose it; weights: [predictions, own].
+        footprint: of its memory. capturable: what its captured steps rest on; () where it has none.
+        record: of its steps, for the summary.
+    """
+
+    own: int
+    halves: int
     shape: torch.Size
-    position: int = -1  # of the last call
-    strategy: Strategy | None = None
-    footprint: RunShape | None = None
-    capturable: tuple[object, ...] | None = None  # what its captured steps rest on; () where it has none
-    alike: tuple[Tensor, Tensor] | None = None  # whether the halves are: per element, and in all; written every step
+    sample: Tensor
+    position: int = -1
     cache: Tensor | None = None
     conditions: Conditions | None = None
+    held: Held | None = None
     rows: dict[tuple[int, ...], Rows] = field(default_factory=dict)
-    dominant: Tensor | None = None  # [images], where the device chose it
-    weights: Tensor | None = None  # [predictions, images]
+    dominant: Tensor | None = None
+    weights: Tensor | None = None
+    footprint: RunShape | None = None
+    capturable: tuple[object, ...] | None = None
     record: list[Record] = field(default_factory=list)
 
-    def shrink(self, sample: Tensor) -> None:
-        """Guidance was switched off in mid-run (diffusers' cut-off callback): the conditional half goes on."""
-        if sample.shape[1:] != self.shape[1:] or sample.shape[0] * 2 != self.images:
+    def fit(self, sample: Tensor, halves: int) -> None:
+        """Take a step's sample: guidance may have been switched off in mid-run (diffusers' cut-off callback)."""
+        if sample.shape != self.shape:
+            self._shrink(sample)
+        elif halves != self.halves:
+            self.rows.clear()  # somebody else calls now, of whose halves nothing is certain, or no longer
+            self.halves, self.capturable = halves, None
+
+    def _shrink(self, sample: Tensor) -> None:
+        """The conditional half goes on alone."""
+        if self.halves != 2 or sample.shape[1:] != self.shape[1:] or sample.shape[0] * 2 != self.own:
             raise RunError(
                 f"the batch changed from {tuple(self.shape)} to {tuple(sample.shape)} in mid-run; only guidance that "
-                "is switched off, which halves it, can be followed"
+                "a pipeline of diffusers switches off, which halves it, can be followed"
             )
         half = sample.shape[0]
         if self.cache is not None:
-            self.cache = self.cache.view(-1, self.images, *self.cache.shape[1:])[:, half:].flatten(0, 1)
+            self.cache = self.cache.view(-1, self.own, *self.cache.shape[1:])[:, half:].flatten(0, 1)
         self.dominant = None if self.dominant is None else self.dominant[half:]
         self.weights = None if self.weights is None else self.weights[:, half:]
-        self.images, self.shape, self.halves = half, sample.shape, 1
+        self.own, self.shape, self.halves = half, sample.shape, 1
         self.rows.clear()
         self.capturable = None
 
-    def watch_halves(self, sample: Tensor) -> None:
-        """Watch on the device that the halves stay alike, bit for bit (NaN equals NaN)."""
-        if self.halves == 2:
-            first, second = sample.view(BITS[sample.element_size()]).chunk(2)
-            if self.alike is None:
-                self.alike = (torch.empty_like(first, dtype=torch.bool), sample.new_empty((), dtype=torch.bool))
-            same, all_same = self.alike
-            torch.all(torch.eq(first, second, out=same), out=all_same)
-            torch._assert_async(all_same, "the guidance halves of the batch parted in mid-run")
+    def forget(self) -> None:
+        """Adapters were changed in mid-run: what was computed with the old ones once and for all is made anew."""
+        self.conditions = None
 
     def rows_of(self, step: Step, predictions: tuple[int, ...], device: torch.device) -> Rows:
         """Rows of some predictions, made once per run and kept."""
         known = tuple(step.slots[p] for p in predictions)
         key = (len(step.slots), *known, *predictions)
         if key not in self.rows:
-            slots = torch.tensor(known, device=device).repeat_interleave(self.images)
+            slots = torch.tensor(known, device=device).repeat_interleave(self.own)
             index = None
             if len(predictions) < len(step.slots):
-                places = torch.tensor(predictions, device=device).repeat_interleave(self.images)
-                index = places * self.images + torch.arange(self.images, device=device).repeat(len(predictions))
-            self.rows[key] = Rows(slots, len(predictions), self.halves, self.images // self.halves, index, known)
+                places = torch.tensor(predictions, device=device).repeat_interleave(self.own)
+                index = places * self.own + torch.arange(self.own, device=device).repeat(len(predictions))
+            self.rows[key] = Rows(slots, len(predictions), self.halves, self.own // self.halves, index, known)
         return self.rows[key]
 
     def deep_rows(self, step: Step, device: torch.device) -> Rows | None:
-        """The rows that run the whole UNet in a step; None: none."""
+        """The rows that run the whole model in a step; None: none."""
         if not step.full_predictions:
             return None
         known = self.rows_of(step, step.refresh, device) if step.refresh else None
@@ -108,19 +101,117 @@ class Run:
             return known
         assert self.dominant is not None
         slots = self.dominant
-        index = slots * self.images + torch.arange(self.images, device=device)
+        index = slots * self.own + torch.arange(self.own, device=device)
         if known is not None:
             assert isinstance(known.index, Tensor)
             slots, index = torch.cat((slots, known.slots)), torch.cat((index, known.index))
-        return Rows(slots, step.full_predictions, self.halves, self.images // self.halves, index)
+        return Rows(slots, step.full_predictions, self.halves, self.own // self.halves, index)
+
+
+@dataclass
+class Run:
+    """One denoising run: a schedule, a plan, and a lane for every call that a step consists of.
+
+    Attributes:
+        plan: its steps.
+        schedule: held, so that another run's schedule cannot take its address.
+        first: the run's first position in the schedule (img2img starts in the middle).
+        position: of the last call.
+        thread: that it belongs to. caller: code of who called, to see whether it is still at it.
+        strategy: what it spends memory on.
+    """
+
+    plan: tuple[Step, ...]
+    schedule: Tensor
+    first: int
+    caller: CodeType | None
+    position: int = -1
+    thread: int = field(default_factory=threading.get_ident)
+    lanes: list[Lane] = field(default_factory=list)
+    strategy: Strategy | None = None
+
+    @property
+    def timesteps(self) -> Tensor:
+        """[steps] of the plan."""
+        return self.schedule[self.first : self.first + len(self.plan)]
+
+    def is_continued_by(self, place: Place) -> bool:
+        """Whether a call at `place` is a later step, or another guidance half of the last one."""
+        later = place.index > self.position or (place.index == self.position and len(self.plan) > 1)
+        return self.schedule is place.schedule and later
+
+    def is_under_way_elsewhere(self) -> bool:
+        """Whether another thread is between two steps of it right now."""
+        if self.thread == threading.get_ident() or self.position - self.first + 1 >= len(self.plan):
+            return False
+        frame = sys._current_frames().get(self.thread)
+        while frame is not None and frame.f_code is not self.caller:
+            frame = frame.f_back
+        return frame is not None
+
+    def lane_of(self, inputs: Inputs, place: Place, whole: bool) -> Lane:
+        """The lane of a call, a new one for a guidance half that was not called before.
+
+        A half is known by its conditions: by where they lie in memory, else by their values. `whole`: the caller is
+        known to pass all halves together, so that other conditions are the run's own, changed in mid-run.
+        """
+        if place.index > self.position and self.lanes:
+            self.lanes = [lane for lane in self.lanes if lane.position == self.position]  # halves no longer called
+        self.position = place.index
+        waiting = [lane for lane in self.lanes if lane.position < place.index]
+        if whole and waiting:
+            return waiting[0]
+        for same in (_same_memory, _same_values):
+            for lane in self.lanes:
+                if lane.held is not None and same(lane.held, inputs):
+                    if lane in waiting:
+                        return lane
+                    raise RunError(
+                        "the model was called twice for one timestep with the same conditions; cmlora takes one call "
+                        "per step, or one per guidance half (a sampler that evaluates a step twice cannot be followed)"
+                    )
+        self._must_be_a_half(inputs)
+        lane = Lane(inputs.sample.shape[0], place.halves, inputs.sample.shape, inputs.sample)
+        if self.lanes and self.lanes[0].own == lane.own:  # what was decided holds for all halves
+            lane.dominant, lane.weights = self.lanes[0].dominant, self.lanes[0].weights
+        self.lanes.append(lane)
+        return lane
+
+    def _must_be_a_half(self, inputs: Inputs) -> None:
+        for lane in self.lanes:
+            if lane.position == self.position and not _equal(lane.sample, inputs.sample):
+                raise RunError(
+                    "the model was called twice for one timestep, with different latents: these are no guidance "
+                    "halves. cmlora takes one call per step, or one per guidance half (self-attention guidance, and "
+                    "samplers that evaluate a step twice, cannot be followed)"
+                )
+
+
+def _same_memory(held: Held, inputs: Inputs) -> bool:
+    return held.still(inputs)
+
+
+def _same_values(held: Held, inputs: Inputs) -> bool:
+    """Whether they are equal; only asked for tensors that were made anew, since it reads them."""
+    given = inputs.conditions()
+    return (
+        held.settings == inputs.settings()
+        and len(held.tensors) == len(given)
+        and all(_equal(a, b) for a, b in zip(held.tensors, given, strict=True))
+    )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
 
 
 @dataclass(frozen=True)
 class Record:
     """What `summary` tells of a step; tensors are read only when it is asked."""
 
+    index: int  # of the step in the run
     step: Step
-    rows: int  # of the pipeline's own batch
+    own: int  # rows of the pipeline's own batch
     halves: int  # of guidance that they are made of
     refreshed_all: bool
     dominant: Tensor | int | None

@@ -129,7 +129,12 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 
 
 def choose_adapters(
-    model: nn.Module, wanted: Sequence[str] | None, *, several: bool, elsewhere: Sequence[str] = ()
+    model: nn.Module,
+    wanted: Sequence[str] | None,
+    *,
+    several: bool,
+    elsewhere: Sequence[str] = (),
+    lenient: bool = False,
 ) -> tuple[str, ...]:
     """The adapters that take part: those wanted, or the active ones.
 
@@ -152,6 +157,8 @@ def choose_adapters(
     for name in names:
         if name not in loaded:
             raise AdapterError(_missing(name, loaded, elsewhere))
+    if not names and lenient:
+        return ()
     if not names and loaded:
         raise AdapterError(f"no adapter is active; choose among {', '.join(loaded)} with pipe.set_adapters([...])")
     if not names:
@@ -183,7 +190,7 @@ def fingerprint(model: nn.Module) -> tuple[object, ...]:
     return tuple(state)
 
 
-def build_bank(model: nn.Module, names: Sequence[str], *, merged: bool, device: torch.device) -> AdapterBank:
+def build_bank(model: nn.Module, recipes: Any, *, device: torch.device, lenient: bool = False) -> AdapterBank:
     """Room for the named adapters of every layer; `fill_bank` puts them in.
 
     Args:
@@ -195,6 +202,8 @@ def build_bank(model: nn.Module, names: Sequence[str], *, merged: bool, device: 
     Raises:
         AdapterError: a fused, disabled or unsupported adapter; it names the layer.
     """
+    names = tuple(dict.fromkeys(n for r in recipes for n, _ in r))
+    merged = len(recipes) == 1
     layers: list[tuple[LoraLayer, LayerBank | None]] = []
     for name, layer in tuner_layers(model):
         here = [n for n in names if isinstance(layer, LoraLayer) and n in layer.lora_A]
@@ -279,3 +288,15 @@ def fill_bank(bank: AdapterBank, scale: float) -> None:
     torch._foreach_copy_([place.scale for place in places], [constants[factor] for factor in factors])
     torch._foreach_copy_([place.a for place in places], down)
     torch._foreach_copy_([place.b for place in places], up)
+
+
+def switches(model: nn.Module) -> tuple[object, ...]:
+    return tuple(
+        (
+            tuple(layer.active_adapters),
+            layer.disable_adapters,
+            tuple(layer.scaling.values()),
+            tuple(layer.merged_adapters),
+        )
+        for layer in lora_layers(model)
+    )

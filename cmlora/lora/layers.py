@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cmlora.batch.replaced import give_back_forward, replace_forward
 from cmlora.batch.rows import Running
 from cmlora.errors import AdapterError
 from cmlora.lora.bank import AdapterBank, LayerBank, outline
@@ -142,11 +143,12 @@ def install(bank: AdapterBank, running: Running, backend: str) -> None:
     """Put a batched forward on every layer of the bank."""
     for layer, layer_bank in bank.layers:
         kind = MultiLoraConv2d if isinstance(layer.get_base_layer(), nn.Conv2d) else MultiLoraLinear
-        layer.forward = kind(layer, layer_bank, running, backend)
+        replace_forward(layer, kind(layer, layer_bank, running, backend))
 
 
 def uninstall(layers: Iterable[nn.Module]) -> None:
     """Give every layer its own forward back; layers without ours are left alone."""
     for layer in layers:
-        if isinstance(layer.__dict__.get("forward"), MultiLora):
-            del layer.__dict__["forward"]
+        forward = forward_of(layer)
+        if forward is not None:
+            give_back_forward(layer, forward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ Mergeable = tuple[MultiLoraLinear | StackedProjection, Tensor, LayerBank]
 """A layer whose weights can be merged, its base weight and its adapters."""
 
 
-def mergeable(model: nn.Module, stacked: dict[nn.Module, StackedProjection]) -> Iterator[Mergeable]:
+def mergeable(model: nn.Module, stacked: Mapping[nn.Module, StackedProjection]) -> Iterator[Mergeable]:
     """The linear layers that run in every step, as they run: q, k and v of a self-attention as one where stacked.
 
     Keys and values of the prompt are not among them: they run once.
@@ -80,7 +80,7 @@ class Merging:
         stacked: the copies of q, k and v in force.
     """
 
-    def __init__(self, model: nn.Module, stacked: dict[nn.Module, StackedProjection]) -> None:
+    def __init__(self, model: nn.Module, stacked: Mapping[nn.Module, StackedProjection]) -> None:
         self.model, self.stacked = model, stacked
         self.banks: list[MergedBank] = []  # of the layers, in their order; none while they are off
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,13 +79,15 @@ def stack_projections(model: nn.Module, running: Running, backend: str) -> dict[
     return stacked
 
 
-def problems(model: nn.Module, stacked: dict[nn.Module, StackedProjection]) -> Iterator[Problem]:
-    """The linear problems that ran last, one per launch, as the kernels' cost model takes them."""
+def problems(
+    model: nn.Module, stacked: Mapping[nn.Module, StackedProjection]
+) -> Iterator[tuple[MultiLoraLinear | StackedProjection, Problem]]:
+    """The layers that ran last and their linear problems, one per launch, as the kernels' cost model takes them."""
     ran = [f for _, m in outline(model) if isinstance(f := forward_of(m), MultiLoraLinear) and f.seen is not None]
-    for bank, seen, bias in (
-        *((f.bank, f.seen, f.base.bias) for f in ran),
-        *((projection.bank, projection.seen, projection.bias) for projection in stacked.values()),
-    ):
+    layers: list[MultiLoraLinear | StackedProjection] = [*ran, *stacked.values()]
+    for layer in layers:
+        bank, seen = layer.bank, layer.seen
         if bank is not None and seen is not None:
+            bias = layer.base.bias if isinstance(layer, MultiLoraLinear) else layer.bias
             (slots, outer, rank), inner, parts = bank.b.shape, bank.a.shape[2], bank.scales.shape[1]
-            yield Problem(*seen, inner, outer, rank, parts, slots, bank.a.dtype, bias is not None)
+            yield layer, Problem(*seen, inner, outer, rank, parts, slots, bank.a.dtype, bias is not None)

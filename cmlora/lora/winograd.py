@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
+from cmlora.batch.replaced import give_back_forward, replace_forward
 from cmlora.lora.bank import outline
 
 LEAST_CHANNELS = 1024
@@ -136,9 +137,9 @@ class Transforming:
         self.on = on
         for layer in self.layers:
             if on:
-                layer.__dict__["forward"] = TransformedConv2d(layer)
+                replace_forward(layer, TransformedConv2d(layer))
             elif is_transformed(layer):
-                del layer.__dict__["forward"]
+                give_back_forward(layer, layer.__dict__["forward"])
 
 
 def is_transformed(layer: nn.Module) -> bool:

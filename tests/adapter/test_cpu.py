@@ -64,9 +64,9 @@ def test_weights_that_would_outgrow_the_unet_are_not_merged_unless_asked_for():
     cmlora.accelerate(pipe)
     call(pipe, 1)
     denoiser = pipe.unet.forward.cmlora.denoiser
-    assert denoiser._may_merge
-    denoiser.merging.layers *= 100
-    assert not denoiser._may_merge
+    assert denoiser.spending.may_merge
+    denoiser.spending.merging.layers *= 100
+    assert not denoiser.spending.may_merge
 
 
 @pytest.mark.parametrize("chunk", [1, 3000, 2**24], ids=["a line", "some lines", "all"])
@@ -198,10 +198,10 @@ def test_transformed_weights_that_would_outgrow_twice_the_unet_are_not_made_unle
     cmlora.accelerate(pipe)
     call(pipe, 1)
     denoiser = pipe.unet.forward.cmlora.denoiser
-    assert denoiser._may_transform
+    assert denoiser.spending.may_transform
     assert "convolutions transformed" in str(cmlora.summary(pipe))
-    denoiser.transforming.layers *= 100
-    assert not denoiser._may_transform
+    denoiser.spending.transforming.layers *= 100
+    assert not denoiser.spending.may_transform
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")

@@ -60,7 +60,7 @@ def accelerated(**choice):
     pipe = three_adapters(ATTENTION, **SMALL).to(DEVICE)
     cmlora.accelerate(pipe, **choice)
     if choice.get("cuda_graphs"):
-        pipe.unet.forward.cmlora.denoiser.capture = Captures()
+        pipe.unet.forward.cmlora.denoiser.spending.capture = Captures()
     return pipe
 
 
@@ -93,7 +93,7 @@ def test_replayed_steps_equal_eager_ones_bit_for_bit(choice):
             if i == 2:
                 pipe.set_adapters(["character", "style", "background"], [0.3, 1.2, 0.7])
             found[-1] += noises(pipe, **how)
-    captures = pipe.unet.forward.cmlora.denoiser.capture
+    captures = pipe.unet.forward.cmlora.denoiser.spending.capture
     assert captures.replayed > 12
     for got, want in zip(found[1], found[0], strict=True):
         assert torch.equal(got, want)
@@ -105,15 +105,15 @@ def test_one_graph_per_kind_of_step_serves_all_runs_of_a_shape():
     for seed in range(5):
         noises(pipe, steps=6, seed=seed)
         if seed == 1:
-            assert denoiser.capture.made == 3, "first, refresh and reuse, each at its second occurrence"
-            held = addresses(denoiser._captured)
+            assert denoiser.spending.capture.made == 3, "first, refresh and reuse, each at its second occurrence"
+            held = addresses(denoiser.spending.captured[0][1])
         if seed == 2:
             allocated = device_allocations()
     assert device_allocations() == allocated, "the allocator has a block for what a step hands out"
-    assert denoiser.capture.made == 3
-    assert addresses(denoiser._captured) == held
+    assert denoiser.spending.capture.made == 3
+    assert addresses(denoiser.spending.captured[0][1]) == held
     noises(pipe, steps=6, size=12)
-    assert addresses(denoiser._captured) != held
+    assert addresses(denoiser.spending.captured[0][1]) != held
 
 
 def device_allocations():
@@ -145,7 +145,9 @@ class Allocations(TorchDispatchMode):
 def test_a_step_in_steady_state_allocates_nothing_but_what_it_hands_out():
     pipe = accelerated(cuda_graphs=True, partition="offline", cache_interval=2)
     denoiser = pipe.unet.forward.cmlora.denoiser
-    denoiser.capture = lambda work: lambda: None  # what a graph does on the device is none of Python's allocations
+    denoiser.spending.capture = lambda work: (
+        lambda: None
+    )  # what a graph does on the device is none of Python's allocations
     noises(pipe, steps=6)
     seen = []
     forward = pipe.unet.forward
@@ -189,7 +191,7 @@ def test_hooks_and_foreign_processors_run_eagerly():
     pipe.unet.conv_out.register_forward_hook(lambda module, inputs, output: seen.append(1))
     noises(pipe, steps=6)
     assert len(seen) == 6
-    assert pipe.unet.forward.cmlora.denoiser.capture.made == 0
+    assert pipe.unet.forward.cmlora.denoiser.spending.capture.made == 0
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="says what happens without CUDA")

@@ -99,7 +99,7 @@ def test_ops_hold_torchs_contract() -> None:
     [
         (lambda n, c: combine_noise(n, c[:, :1]), r"adapters \* rows = 6, got \(2, 1\)"),
         (lambda n, c: combine_noise(n, c.half()), "coefficients must be float32"),
-        (lambda n, c: combine_noise(n[0], c), "noise must be"),
+        (lambda n, c: combine_noise(n[:, 0, 0, 0], c), "noise must be"),
         (lambda n, c: combine_guided_noise(n, c, 7.5), "even number of rows"),
     ],
 )

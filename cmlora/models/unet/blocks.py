@@ -10,6 +10,7 @@ from torch import nn
 
 from cmlora.errors import ConfigError, UnsupportedModelError
 from cmlora.lora.bank import outline
+from cmlora.lora.layers import unhooked
 
 BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", "NoneType")
@@ -75,8 +76,7 @@ def cut_of(unet: UNet2DConditionModel, branch: tuple[int, int] | None) -> int:
 def check_supported(unet: Any) -> None:
     """Raise UnsupportedModelError unless `unet` is a UNet2DConditionModel made of blocks that we can run."""
     if not isinstance(unet, UNet2DConditionModel):
-        hint = "; accelerate before torch.compile" if type(unet).__name__ == "OptimizedModule" else ""
-        raise UnsupportedModelError(f"unet must be a UNet2DConditionModel, got {type(unet).__name__}{hint}")
+        raise UnsupportedModelError(f"unet must be a UNet2DConditionModel, got {type(unet).__name__}")
     kinds = {type(b).__name__ for b in (*unet.down_blocks, *unet.up_blocks)} - set(BLOCKS)
     mid = type(unet.mid_block).__name__
     if kinds or mid not in MID_BLOCKS:
@@ -92,6 +92,12 @@ def check_supported(unet: Any) -> None:
         value = unet.config.get(name, allowed[0])
         if value not in allowed:
             raise UnsupportedModelError(f"this UNet's {name} is {value!r}; supported are {allowed}")
+    for name, block in (*unet.down_blocks.named_children(), *unet.up_blocks.named_children()):
+        if not unhooked(block):
+            raise UnsupportedModelError(
+                f"{type(block).__name__} {name} carries a hook or a forward of its own, which would be bypassed: what a "
+                "block is made of is run piece by piece. Take it out, or hook the block's resnets and attentions"
+            )
     modules: list[Any] = [module for _, module in outline(unet)]
     processors = {type(m.get_processor()).__name__ for m in modules if hasattr(type(m), "get_processor")}
     if any(name.startswith("PAG") for name in processors):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,18 +20,18 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from cmlora.batch.inputs import Inputs
 from cmlora.batch.rows import Rows, Running, Shared, pick, whole
 from cmlora.lora.bank import outline
-from cmlora.lora.layers import carrying, unhooked
+from cmlora.lora.layers import carrying, forward_of, hooked, unhooked, untouched
 from cmlora.lora.stacked import StackedProjection
+from cmlora.models.family import Conditions
 
 
 @dataclass
-class Inputs:
-    """What the pipeline passes to the UNet, [own rows, ...]; names as in UNet2DConditionModel.forward."""
+class UNetInputs(Inputs):
+    """Names as in UNet2DConditionModel.forward; all [own rows, ...]."""
 
-    sample: Tensor
-    timestep: Tensor
     encoder_hidden_states: Tensor
     class_labels: Tensor | None = None
     timestep_cond: Tensor | None = None
@@ -43,62 +43,32 @@ class Inputs:
     down_intrablock_additional_residuals: Sequence[Tensor] | None = None
     encoder_attention_mask: Tensor | None = None
 
+    CONSTANT = (
+        "encoder_hidden_states",
+        "class_labels",
+        "timestep_cond",
+        "attention_mask",
+        "encoder_attention_mask",
+        "added_cond_kwargs",
+    )
+
     def __post_init__(self) -> None:
-        # T2I-adapters were once passed as ControlNet residuals without a middle one; half of a pair is not used else
+        # As UNet2DConditionModel.forward: residuals for the skip connections alone, without one for the middle block,
+        # are a T2I-adapter's, passed by the name that they had before they got one of their own.
         if self.mid_block_additional_residual is None or self.down_block_additional_residuals is None:
             if self.down_intrablock_additional_residuals is None:
                 self.down_intrablock_additional_residuals = self.down_block_additional_residuals
             self.down_block_additional_residuals = self.mid_block_additional_residual = None
 
-    def conditions(self) -> list[Tensor]:
-        """The tensors that stay the same over a run."""
-        given = (
-            self.encoder_hidden_states,
-            self.class_labels,
-            self.timestep_cond,
-            self.attention_mask,
-            self.encoder_attention_mask,
-            self.added_cond_kwargs,
-        )
-        return list(_tensors(given))
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in a fixed order."""
-        return list(_tensors(getattr(self, f.name) for f in fields(self)))
-
-    def signature(self) -> tuple[object, ...]:
-        """Equal where all tensors are alike in shape, dtype and device."""
-        given = ((f.name, _tensors([getattr(self, f.name)])) for f in fields(self))
-        return tuple((name, tuple((t.shape, t.stride(), t.dtype, t.device) for t in found)) for name, found in given)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        """The same with every tensor changed."""
-        return Inputs(**{f.name: map_tensors(getattr(self, f.name), change) for f in fields(self)})
+    def settings(self) -> object:
+        return self.cross_attention_kwargs
 
     def bias(self, mask: Tensor | None) -> Tensor | None:
         """A mask (1 = keep) as UNet2DConditionModel makes a bias of it."""
         return None if mask is None else ((1 - mask.to(self.sample.dtype)) * -10000.0).unsqueeze(1)
 
 
-class Held:
-    """The tensors that stay the same over a run, held so that no others take their identity."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        self.tensors = inputs.conditions()
-        self.versions = [t._version for t in self.tensors]
-        self.kwargs = inputs.cross_attention_kwargs
-
-    def still(self, inputs: Inputs) -> bool:
-        """Whether they are those of `inputs`, unchanged."""
-        given = inputs.conditions()
-        return (
-            inputs.cross_attention_kwargs == self.kwargs
-            and len(given) == len(self.tensors)
-            and all(a is b and a._version == v for a, b, v in zip(given, self.tensors, self.versions, strict=True))
-        )
-
-
-class Conditions:
+class UNetConditions(Conditions):
     """The conditions of a run.
 
     Args:
@@ -113,15 +83,15 @@ class Conditions:
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        inputs: Inputs,
+        inputs: UNetInputs,
         timesteps: Tensor,
         running: Running,
-        stacked: dict[nn.Module, StackedProjection],
+        stacked: Mapping[nn.Module, StackedProjection],
         keep_prompt: bool,
     ) -> None:
+        super().__init__(inputs)
         self.keep_prompt = keep_prompt
         self.unet = unet
-        self.held = Held(inputs)
         self.kwargs = inputs.cross_attention_kwargs
         self.running = running
         self.stacked = stacked
@@ -135,11 +105,7 @@ class Conditions:
         self._columns: dict[nn.Module, slice] = {}
         self.times = self._times(inputs, timesteps)
 
-    def hold(self, inputs: Inputs) -> bool:
-        """Whether they are still those of `inputs`."""
-        return self.held.still(inputs)
-
-    def renew(self, inputs: Inputs, everyone: Rows, timesteps: Tensor) -> None:
+    def renew(self, inputs: Any, everyone: Rows, timesteps: Tensor) -> None:
         """Take over the conditions of another run; keys and values stay where they are in memory.
 
         Args:
@@ -153,32 +119,41 @@ class Conditions:
             with self.running.these(rows):
                 kept.copy_(self._project(attention, rows))
 
-    def one_step(self) -> Conditions:
+    def one_step(self) -> UNetConditions:
         """The same with room for the time embedding of one step, as step 0."""
         one = copy.copy(self)
         one.times = None if self.times is None else torch.empty_like(self.times[:1])
         return one
 
-    def _times(self, inputs: Inputs, timesteps: Tensor) -> Tensor | None:
+    def load_step(self, whole_run: Conditions, index: int) -> None:
+        if self.times is not None and whole_run.times is not None:
+            self.times.copy_(whole_run.times[index : index + 1])
+
+    def _times(self, inputs: UNetInputs, timesteps: Tensor) -> Tensor | None:
         """[steps, 1 or own rows, columns]: the embeddings of all steps, and every plain resnet's share of them."""
         table = self._time_table(inputs, timesteps)
         if table is None:
             return None
-        # the embedding itself goes by the module that makes it: torch.compile compares no module with None
+        # The embedding of the step has a place in the table, too. Its key is the module that makes it, not None: in a
+        # compiled step torch.compile looks up modules in this dictionary, and cannot compare one with None.
         parts: dict[nn.Module, Tensor] = {self.unet.time_embedding: table}
         for module in self.modules:
-            if module in self.plain and isinstance(module, ResnetBlock2D) and module.time_emb_proj not in self.carrying:
+            if module in self.plain and isinstance(module, ResnetBlock2D) and self._tabled(module.time_emb_proj):
                 parts[module] = module.time_emb_proj(table if module.skip_time_act else module.nonlinearity(table))
         ends = itertools.accumulate(part.shape[2] for part in parts.values())
         self._columns = {m: slice(end - part.shape[2], end) for (m, part), end in zip(parts.items(), ends, strict=True)}
         return torch.cat(list(parts.values()), 2)
 
-    def _time_table(self, inputs: Inputs, timesteps: Tensor) -> Tensor | None:
+    def _tabled(self, module: nn.Module) -> bool:
+        """Whether a resnet's time projection can run for all steps at once."""
+        return module not in self.carrying and _as_written(module)
+
+    def _time_table(self, inputs: UNetInputs, timesteps: Tensor) -> Tensor | None:
         """[steps, 1 or own rows, width] embeddings of all steps; None where they must be computed step by step."""
         unet = self.unet
         embedders = (unet.time_embedding, getattr(unet, "add_embedding", None), unet.class_embedding)
-        if any(m in self.carrying for m in embedders if m is not None):
-            return None
+        if any(m in self.carrying or not _as_written(m) for m in embedders if m is not None):
+            return None  # a hook expects one step's rows, not the table of all steps
         if inputs.timestep_cond is not None or unet.class_embedding is not None:
             return None
         timesteps = timesteps.to(inputs.sample.device)
@@ -222,32 +197,17 @@ class Conditions:
         return torch.stack(heads, 1)
 
     @property
-    def bytes(self) -> int:
+    def bytes(self) -> int:  # type: ignore[override]  # computed where the base class has a constant
         """Memory of what is kept for the run."""
         return sum(kept.nbytes for kept, _ in self._keys_values.values()) + (
             0 if self.times is None else self.times.nbytes
         )
 
 
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with every tensor in it, alone or nested, changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {k: map_tensors(v, change) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map_tensors(v, change) for v in value)
-    return value
-
-
-def _tensors(values: Any) -> Any:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, dict):
-            yield from _tensors(value for _, value in sorted(value.items()))
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+def _as_written(module: nn.Module) -> bool:
+    """Whether a module and all in it compute what their classes say: no hook, no forward but ours."""
+    ours = forward_of(module) is not None and not hooked(module)
+    return (ours or unhooked(module)) and untouched(module)
 
 
 def _plain_attention(attention: Any) -> bool:

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 from cmlora.batch.rows import Rows, Shared, add, lift
 from cmlora.lora.layers import unhooked
-from cmlora.models.unet.conditions import Conditions
+from cmlora.models.unet.conditions import UNetConditions
 from cmlora_kernels.cpu_linear import linear
 
 LARGE, TOKENS = 2**23, 2048
 """On the CPU a feed-forward of more bytes than that goes through so many tokens at a time."""
 
 
-def plain_resnet(module: Any, x: Shared, conditions: Conditions, step: int, rows: Rows) -> Shared:
+def plain_resnet(module: Any, x: Shared, conditions: UNetConditions, step: int, rows: Rows) -> Shared:
     """ResnetBlock2D.forward, its time bias from the run's table."""
     carrying = module in conditions.carrying
     bias = conditions.time(module, step)
@@ -40,7 +40,7 @@ def plain_resnet(module: Any, x: Shared, conditions: Conditions, step: int, rows
     return Shared(hidden, x.by_prediction, x.by_half)
 
 
-def plain_transformer(module: Any, x: Shared, conditions: Conditions, rows: Rows, everyone: Rows) -> Shared:
+def plain_transformer(module: Any, x: Shared, conditions: UNetConditions, rows: Rows, everyone: Rows) -> Shared:
     """Transformer2DModel.forward on a feature map [rows, channels, height, width]."""
     _, _, height, width = x.value.shape
     tokens = Shared(module.norm(x.value), x.by_prediction, x.by_half)
@@ -62,7 +62,7 @@ def plain_transformer(module: Any, x: Shared, conditions: Conditions, rows: Rows
     return add(Shared(out, tokens.by_prediction, tokens.by_half), x, rows)
 
 
-def _block(block: Any, tokens: Shared, conditions: Conditions, rows: Rows, everyone: Rows) -> Shared:
+def _block(block: Any, tokens: Shared, conditions: UNetConditions, rows: Rows, everyone: Rows) -> Shared:
     """BasicTransformerBlock.forward with layer norms: self-attention, cross-attention, feed-forward."""
     x = Shared(block.norm1(tokens.value), tokens.by_prediction, tokens.by_half)
     tokens = add(_self_attention(block.attn1, x, conditions, rows), tokens, rows)
@@ -114,7 +114,7 @@ def _geglu(module: Any, x: Tensor) -> Tensor:
     return linear(hidden * F.gelu(gate), last.weight, last.bias)
 
 
-def _self_attention(attention: Any, x: Shared, conditions: Conditions, rows: Rows) -> Shared:
+def _self_attention(attention: Any, x: Shared, conditions: UNetConditions, rows: Rows) -> Shared:
     if attention in conditions.carrying:
         x = lift(x, rows, by_prediction=True)
     stacked = conditions.stacked.get(attention)
@@ -126,7 +126,7 @@ def _self_attention(attention: Any, x: Shared, conditions: Conditions, rows: Row
     return Shared(out, x.by_prediction, x.by_half)
 
 
-def _cross_attention(attention: Any, x: Shared, conditions: Conditions, rows: Rows, everyone: Rows) -> Shared:
+def _cross_attention(attention: Any, x: Shared, conditions: UNetConditions, rows: Rows, everyone: Rows) -> Shared:
     if attention in conditions.carrying:
         x = lift(x, rows, by_prediction=True)
     query = lift(Shared(attention.to_q(x.value), x.by_prediction, x.by_half), rows, by_prediction=True, by_half=True)

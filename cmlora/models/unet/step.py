@@ -16,122 +16,68 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils.torch_utils import apply_freeu
 from torch import Tensor, nn
 
-from cmlora.batch.rows import Rows, Running, Shared, add, concat, lift, pick, whole
-from cmlora.lora.stacked import StackedProjection
+from cmlora.batch.inputs import map_tensors
+from cmlora.batch.rows import Rows, Running, Shared, add, concat, lift, whole
+from cmlora.config import CMLoRAConfig
+from cmlora.lora.layers import untouched
+from cmlora.models.family import Batched
 from cmlora.models.unet.blocks import DownUnit, UpUnit, check_supported, cut_of, down_units, up_units
-from cmlora.models.unet.conditions import Conditions, Inputs, map_tensors
+from cmlora.models.unet.conditions import UNetConditions, UNetInputs
 from cmlora.models.unet.layers import plain_resnet, plain_transformer
-from cmlora_kernels import gather_concat, scatter_rows
-from cmlora_kernels.layout import dense_format
+from cmlora_kernels import gather_concat
 
 
-class BatchedUNet:
-    """Runs steps of one UNet on batches of predictions x the pipeline's own rows.
-
-    Args:
-        unet: the pipeline's model; its modules are called, never changed.
-        branch: (layer, block) of the skip connection at which the deep part begins; None: the last up block's input.
-        running: where the LoRA layers read which rows run.
-        backend: of the kernels.
+class BatchedUNet(Batched[UNetInputs, UNetConditions]):
+    """Steps of one UNet2DConditionModel; the cache branch cuts both paths at one skip connection.
 
     Raises:
         UnsupportedModelError: a UNet of other blocks or conditions; it names them.
         ConfigError: a branch that the UNet does not have.
     """
 
-    def __init__(
-        self, unet: UNet2DConditionModel, branch: tuple[int, int] | None, running: Running, backend: Any
-    ) -> None:
-        check_supported(unet)
-        self.unet = unet
-        self.running = running
-        self.backend = backend
-        self.stacked: dict[nn.Module, StackedProjection] = {}
-        self.keep_prompt = True
-        down, up = down_units(unet), up_units(unet)
-        cut = cut_of(unet, branch)
+    def __init__(self, module: UNet2DConditionModel, config: CMLoRAConfig, running: Running) -> None:
+        super().__init__(module, config, running)
+        check_supported(module)
+        down, up = down_units(module), up_units(module)
+        cut = cut_of(module, config.cache_branch)
         self.shallow_down, self.deep_down = down[:cut], down[cut:]
         self.deep_up, self.shallow_up = up[: len(up) - cut - 1], up[len(up) - cut - 1 :]
 
-    def prepare(self, inputs: Inputs, everyone: Rows, conditions: Conditions | None, timesteps: Tensor) -> Conditions:
-        """The conditions of the step before while they hold, else new ones; `timesteps` are those of the whole run."""
-        if conditions is not None and conditions.hold(inputs):
-            return conditions
-        with self.running.these(everyone):
-            return Conditions(self.unet, inputs, timesteps, self.running, self.stacked, self.keep_prompt)
+    def begin(self, inputs: UNetInputs, timesteps: Tensor) -> UNetConditions:
+        return UNetConditions(self.module, inputs, timesteps, self.running, self.stacked, self.keep_prompt)
 
-    def run(
-        self,
-        inputs: Inputs,
-        everyone: Rows,
-        deep: Rows | None,
-        cache: Tensor | None,
-        conditions: Conditions,
-        step: int,
-        at_once: int | None = None,
-        follow: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """One step.
+    def part(self, inputs: UNetInputs, conditions: UNetConditions, rows: Rows, everyone: Rows, step: int) -> UNetPart:
+        return UNetPart(self, inputs, conditions, rows, everyone, step)
 
-        Args:
-            inputs: of the pipeline's own rows.
-            everyone: all rows, prediction-major.
-            deep: the rows that run the deep part; None: none, the cache serves all.
-            cache: [rows, ...] cached features, refreshed in place; None in a run's first step.
-            conditions: of `prepare`.
-            step: position in the run.
-            at_once: at most so many predictions run together; None: all of them.
-            follow: move what is not refreshed as the base model's feature moves, which is the last prediction's.
+    def latents(self, inputs: UNetInputs) -> Tensor:
+        channels = self.module.config.out_channels  # an inpainting UNet's input carries the mask behind them
+        return inputs.sample[:, :channels]
 
-        Returns:
-            Noise predictions [rows, channels, height, width], and the cache.
-        """
-        parts = [Pass(self, inputs, conditions, rows, everyone, step) for rows in everyone.split(at_once)]
-        downs = [part.shallow() for part in parts]
-        if deep is not None:
-            hidden, above = _joined(parts, [hidden for hidden, _ in downs]), downs[0][1][-1]
-            moving = follow and cache is not None
-            later = []  # what waits until the base model's feature, the last, is known
-            for rows in deep.split(at_once):
-                feature = Pass(self, inputs, conditions, rows, everyone, step).deep(hidden, above)
-                if moving:
-                    later.append((rows, feature))
-                else:
-                    cache = self._store(feature, rows, everyone, cache)
-            if later and cache is not None:
-                _follow_base(cache, later[-1][1][-everyone.own :])
-            for rows, feature in later:
-                cache = self._store(feature, rows, everyone, cache)
-            del hidden
-        assert cache is not None  # the first step of a run is full
-        noises = []
-        for part in parts:
-            skips = downs.pop(0)[1]  # let go of as soon as they are used
-            noises.append(part.top(pick(cache, part.rows.index), skips))
-        return noises[0] if len(noises) == 1 else torch.cat(noises), cache
+    def predictable(self) -> bool:
+        processors = {type(p).__module__.split(".")[0] for p in self.module.attn_processors.values()}
+        return untouched(self.module) and processors <= {"diffusers"}
 
-    def _store(self, feature: Tensor, rows: Rows, everyone: Rows, cache: Tensor | None) -> Tensor:
-        """The cache with the feature of some rows in it."""
-        if rows.index is None:
-            return feature
-        if cache is None:
-            shape = (everyone.slots.shape[0], *feature.shape[1:])
-            layout = dense_format(feature)
-            cache = torch.empty(shape, dtype=feature.dtype, device=feature.device, memory_format=layout)
-        if isinstance(rows.index, slice):
-            cache[rows.index] = feature
-        else:
-            scatter_rows(cache, feature, rows.index, backend=self.backend)
-        return cache
+    def baked(self) -> tuple[object, ...] | None:
+        unet = self.module
+        if not self.predictable() or unet.encoder_hid_proj is not None:
+            return None
+        freeu = tuple(getattr(block, name, None) for block in unet.up_blocks for name in ("s1", "s2", "b1", "b2"))
+        return (freeu, tuple(map(id, unet.attn_processors.values())))
 
 
-class Pass:
+class UNetPart:
     """Some rows on their way through the UNet in one step."""
 
     def __init__(
-        self, batched: BatchedUNet, inputs: Inputs, conditions: Conditions, rows: Rows, everyone: Rows, step: int
+        self,
+        batched: BatchedUNet,
+        inputs: UNetInputs,
+        conditions: UNetConditions,
+        rows: Rows,
+        everyone: Rows,
+        step: int,
     ) -> None:
-        self.unet = batched.unet
+        self.unet = batched.module
         self.batched = batched
         self.inputs = inputs
         self.conditions = conditions
@@ -142,19 +88,17 @@ class Pass:
         # upsamplers must be told their size where a side is no multiple of the whole upsampling factor
         self.tell_size = any(side % factor for side in inputs.sample.shape[-2:])
 
-    def shallow(self) -> tuple[Shared, list[Shared]]:
+    def head(self) -> tuple[Shared, list[Shared]]:
         """What goes into the deep part, and the skip connections above it."""
-        with self.batched.running.these(self.rows):
-            skips = self.down(self.batched.shallow_down, self.begin())
+        skips = self.down(self.batched.shallow_down, self.latents())
         residuals = self.inputs.down_block_additional_residuals
         return skips[-1], self.add_residuals(skips, residuals[: len(skips)] if residuals else None)
 
-    def top(self, feature: Tensor, skips: list[Shared]) -> Tensor:
+    def tail(self, feature: Tensor, kept: Sequence[Shared]) -> Tensor:
         """Noise of all rows from their cached feature and the shallow skip connections."""
-        with self.batched.running.these(self.rows):
-            return self.end(self.up(self.batched.shallow_up, Shared(feature, True, True), skips, cached=True))
+        return self.end(self.up(self.batched.shallow_up, Shared(feature, True, True), list(kept), cached=True))
 
-    def begin(self) -> Shared:
+    def latents(self) -> Shared:
         """The latents behind conv_in."""
         unet, inputs = self.unet, self.inputs
         sample = inputs.sample[: self.rows.images]  # the halves, where there are several, are alike
@@ -187,16 +131,10 @@ class Pass:
             skips.append(x)
         return skips
 
-    def deep(self, x: Shared, above: Shared) -> Tensor:
-        """Everything below the cut, x being everyone's; `above` is the last skip connection over it."""
-        if self.rows.index is not None and x.by_prediction:
-            x = Shared(pick(whole(x, self.everyone), self.rows.index), True, True)
-        with self.batched.running.these(self.rows):
-            return self._below(x, above)
-
-    def _below(self, x: Shared, above: Shared) -> Tensor:
+    def deep(self, hidden: Shared, kept: Sequence[Shared]) -> Tensor:
+        """Everything below the cut."""
         batched, inputs = self.batched, self.inputs
-        skips = self.down(batched.deep_down, x)
+        skips = self.down(batched.deep_down, hidden)
         x = skips[-1]
         residuals = inputs.down_block_additional_residuals
         skips = self.add_residuals(skips[1:], residuals[len(batched.shallow_down) + 1 :] if residuals else None)
@@ -205,7 +143,7 @@ class Pass:
         if inputs.mid_block_additional_residual is not None:
             x = self._add_own(x, inputs.mid_block_additional_residual)
         # the last upsampler below the cut takes its size from the skip connection above it
-        return whole(self.up(batched.deep_up, x, [above, *skips]), self.rows)
+        return whole(self.up(batched.deep_up, x, [kept[-1], *skips]), self.rows)
 
     def _middle(self, block: Any, x: Shared) -> Shared:
         if block not in self.conditions.plain:  # a user's hook sits on it
@@ -228,7 +166,7 @@ class Pass:
     def up(self, units: Sequence[UpUnit], x: Shared, skips: list[Shared], *, cached: bool = False) -> Shared:
         """Through the units, each taking its skip connection; `cached`: x is the cache and must not be written."""
         for i, unit in enumerate(units):
-            # no name for what goes in: it is let go of as soon as the resnet is through
+            # joined in the call: a variable would keep the widest tensor of the step alive through the attention
             x = self._layer(unit.resnet, unit.attention, self._join(unit, x, skips.pop(), cached=cached and i == 0))
             if unit.upsampler is not None:
                 size = skips[-1].value.shape[2:] if self.tell_size and skips else None
@@ -324,19 +262,6 @@ class Pass:
         if residuals is None:
             return skips
         return [self._add_own(skip, residual) for skip, residual in zip(skips, residuals, strict=False)]
-
-
-def _follow_base(cache: Tensor, base: Tensor) -> None:
-    """Move all cached features [predictions * own rows, ...] as the base model's, the last, moves to `base`."""
-    own = base.shape[0]
-    cache.view(-1, own, *base.shape[1:]).add_(base - cache[-own:])
-
-
-def _joined(parts: Sequence[Pass], xs: Sequence[Shared]) -> Shared:
-    """A tensor of several parts as one of everyone; one that is the same for all predictions is any part's."""
-    if len(parts) == 1 or not xs[0].by_prediction:
-        return xs[0]
-    return Shared(torch.cat([whole(x, part.rows) for part, x in zip(parts, xs, strict=True)]), True, True)
 
 
 def _freeu(block: Any) -> bool:

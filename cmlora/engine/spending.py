@@ -1,0 +1,212 @@
+"""What runs of one accelerated module spend memory on, and what for: its one owner.
+
+Stacked adapters, copies of q, k and v, merged and transformed weights, captured steps; what a run may have of them, and
+the peak that follows.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from cmlora.batch.inputs import Inputs
+from cmlora.batch.rows import Running
+from cmlora.config import CMLoRAConfig, Recipe
+from cmlora.engine.budget import Strategy, choose, strategies
+from cmlora.engine.footprint import keep_freed_memory, peak_of_run
+from cmlora.engine.graphs import Capture, Captured, capture_cuda
+from cmlora.engine.run import Lane, Run
+from cmlora.errors import RunError
+from cmlora.lora.bank import AdapterBank, build_bank, fill_bank, lora_layers
+from cmlora.lora.layers import install, uninstall
+from cmlora.lora.merged import Merging
+from cmlora.lora.stacked import problems, stack_projections
+from cmlora.lora.winograd import Transforming
+from cmlora.models.family import Batched
+from cmlora_kernels import tiles
+from cmlora_kernels.launch import arch_of
+
+
+class Spending:
+    """Holds what was spent, from `open` to `close`.
+
+    Args:
+        batched: the module's way to run steps.
+        config: for its limits and wishes.
+    """
+
+    def __init__(self, batched: Batched[Any, Any], config: CMLoRAConfig) -> None:
+        self.batched, self.config = batched, config
+        self.module: nn.Module = batched.module
+        self.running: Running = batched.running
+        self.bank = AdapterBank((), False, ())
+        self.merging, self.transforming = Merging(self.module, {}), Transforming(self.module)
+        self.is_open = False
+        self.capture: Capture = capture_cuda
+        self.captured: dict[int, tuple[object, Captured]] = {}  # by lane: what it rests on, and it
+        self._peaks: dict[object, int] = {}
+        self._module_bytes = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Of the module; its own property looks for hooks in every module first, which takes milliseconds."""
+        device: torch.device = next(self.module.parameters()).device
+        return device
+
+    def build(self, recipes: Sequence[Recipe], *, lenient: bool) -> AdapterBank:
+        """The stacked adapters of a run's slots; nothing is put in force."""
+        return build_bank(self.module, recipes, device=self.device, lenient=lenient)
+
+    def open(self, bank: AdapterBank) -> None:
+        """Put the batched forward on the LoRA layers of `bank`."""
+        self.bank, self.is_open = bank, True
+        self._peaks.clear()
+        self._module_bytes = sum(int(p.nbytes) for p in self.module.parameters())
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.merging, self.transforming = Merging(self.module, {}), Transforming(self.module)
+        install(bank, self.running, self.config.backend)
+        self._stack(self.config.memory_budget is None)  # with a budget, a run's strategy says
+
+    def close(self) -> None:
+        """Give the layers their own forward back, and the memory."""
+        self.is_open = False
+        self.captured.clear()
+        self.transforming.switch(False)
+        uninstall(lora_layers(self.module))
+        self.batched.stacked = {}
+
+    def renew(self, scale: float) -> None:
+        """Take over what PEFT's layers and their base layers hold now, times a scale."""
+        # always: PEFT's hot swap writes into a parameter in a way that leaves no trace
+        fill_bank(self.bank, scale)
+        for layer, _ in self.bank.layers:
+            layer.forward.seen = None
+        for projection in self.batched.stacked.values():
+            projection.fill()
+            projection.seen = None
+        self.merging.renew()
+
+    def strategy(self, run: Run, lane: Lane, inputs: Inputs) -> Strategy:
+        """What a run that begins spends memory on; put in force."""
+        most, budget = self.config.max_rows, self.config.memory_budget
+        if most is not None and most < lane.own:
+            raise RunError(
+                f"max_rows must be at least the {lane.own} rows (guidance halves x images) of the pipeline's own "
+                f"batch, which run together; got {most}"
+            )
+        predictions = max(len(step.slots) for step in run.plan)
+        at_once = None if most is None else most // lane.own
+        candidates = strategies(predictions, at_once, merge=self.may_merge, transform=self.may_transform)
+        if budget is None:
+            strategy = candidates[0]
+        elif not self.batched.predictable():
+            raise RunError("memory_budget needs a model without hooks and attention processors of one's own")
+        else:
+            strategy = choose(candidates, lambda candidate: self._peak(lane, candidate), budget)
+            self._stack(strategy.stack)
+            self.batched.keep_prompt = strategy.keep_prompt
+        self.merging.switch(strategy.merge)
+        self.transforming.switch(strategy.transform)
+        return strategy
+
+    def _stack(self, wanted: bool) -> None:
+        """Have the copies of q, k and v, or not."""
+        if wanted != bool(self.batched.stacked):
+            self.merging.switch(False)
+            stacked = stack_projections(self.module, self.running, self.config.backend) if wanted else {}
+            for projection in stacked.values():
+                projection.fill()
+            self.batched.stacked, self.merging = stacked, Merging(self.module, stacked)
+            self.captured.clear()
+
+    @property
+    def may_merge(self) -> bool:
+        """On the CPU low-rank updates cost many small operations; merged weights none, up to the module's own size."""
+        if self.config.merge_weights is not None:
+            return self.config.merge_weights
+        if self.device.type != "cpu" or self.config.backend == "triton":
+            return False
+        if any(weight.dtype != torch.float32 for _, weight, _ in self.merging.layers):
+            return False  # rounded to W's few bits, W + s B A loses much of what the adapter adds
+        return self.merging.bytes <= self._module_bytes
+
+    @property
+    def may_transform(self) -> bool:
+        """On the CPU it saves up to half of a convolution's time; all that is kept is at most twice the module's."""
+        if not self.transforming.layers:
+            return False
+        if self.config.winograd is not None:
+            return self.config.winograd
+        if self.device.type != "cpu":
+            return False
+        kept = self.transforming.bytes + (self.merging.bytes if self.may_merge else 0)
+        return kept <= 2 * self._module_bytes
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Memory of all that is stacked, merged and transformed."""
+        kept = sum(weights.bytes for weights in (self.merging, self.transforming) if weights.on)
+        return self.bank.bytes + kept + sum(projection.bytes for projection in self.batched.stacked.values())
+
+    def predicted_peak(self, run: Run | None) -> int | None:
+        """Bytes that a run takes beside the pipeline's weights; None where that cannot be told.
+
+        Guidance halves that are called one by one have caches and conditions of their own: those of all but one are
+        added as they were measured.
+        """
+        if run is None or run.strategy is None or not self.is_open or not self.batched.predictable():
+            return None
+        first, *others = run.lanes
+        kept = sum(max((record.cache_bytes for record in lane.record), default=0) for lane in others)
+        return self._peak(first, run.strategy) + kept
+
+    def _peak(self, lane: Lane, strategy: Strategy) -> int:
+        assert lane.footprint is not None
+        key = (lane.footprint.key, strategy)
+        if key not in self._peaks:
+            self.transforming.switch(strategy.transform)  # tiles are traced as they run
+            options = ((self.merging, strategy.merge), (self.transforming, strategy.transform))
+            kept = sum(weights.bytes for weights, wanted in options if wanted)
+            self._peaks[key] = self.bank.bytes + kept + peak_of_run(self.batched, lane.footprint, strategy)
+        return self._peaks[key]
+
+    def layer_strategies(self) -> dict[str, int]:
+        """How many of the linear layers that carry adapters ran with which strategy of the kernels' cost model."""
+        ran = list(problems(self.module, self.batched.stacked))
+        merged = sum(layer.seen is not None for layer, _, _ in self.merging.layers) if self.merging.on else 0
+        counts: collections.Counter[str] = collections.Counter(merged=merged)
+        of_layers = {id(layer) for layer, _, _ in self.merging.layers} if self.merging.on else set()
+        arch, backend = arch_of(self.device), self.config.backend
+        triton = backend == "triton" or (backend == "auto" and self.device.type == "cuda")
+        for layer, problem in ran:
+            if id(layer) not in of_layers:
+                counts[tiles.choose(problem, arch).strategy if triton else "definition"] += 1
+        return {name: count for name, count in counts.items() if count}
+
+    def captured_steps(self, run: Run, lane: Lane, inputs: Inputs) -> Captured | None:
+        """The captured steps that fit this one, new ones where anything that they rest on has changed; None: eager."""
+        if not self.config.cuda_graphs:
+            return None
+        if lane.capturable is None:
+            lane.capturable = self._capturable(run, lane)
+        if not lane.capturable or inputs.settings() is not None:
+            return None
+        key, number = (lane.capturable, inputs.signature()), run.lanes.index(lane)
+        if number not in self.captured or self.captured[number][0] != key:
+            assert run.strategy is not None
+            self.captured[number] = (key, Captured(self.batched, inputs, run.strategy.at_once, self.capture))
+        return self.captured[number][1]
+
+    def _capturable(self, run: Run, lane: Lane) -> tuple[object, ...]:
+        """All that is baked into a captured step beside its inputs; () where it cannot be captured."""
+        if self.capture is capture_cuda and self.device.type != "cuda":
+            raise RunError(f"cuda_graphs=True needs a pipeline on a CUDA device, got one on {self.device}")
+        baked = self.batched.baked()
+        if baked is None:
+            return ()
+        return (lane.halves, run.strategy, baked, tuple(p.data_ptr() for p in self.module.parameters()))

@@ -1,0 +1,88 @@
+"""UNet2DConditionModel of SD1.x, SD2.x and SDXL: how it is found and called, and its clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor, nn
+
+from cmlora.batch.rows import Running
+from cmlora.config import CMLoRAConfig
+from cmlora.errors import RunError
+from cmlora.models.caller import calling_pipeline
+from cmlora.models.family import Call, Family, Place
+from cmlora.models.unet.blocks import check_supported
+from cmlora.models.unet.conditions import UNetInputs
+from cmlora.models.unet.step import BatchedUNet
+
+
+class UNetFamily(Family):
+    """The pipelines below pass torch.cat([latents] * 2) under guidance, the conditional half last."""
+
+    attribute = "unet"
+    pipelines = (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetInpaintPipeline",
+        "StableDiffusionAdapterPipeline",
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLAdapterPipeline",
+    )
+
+    def owns(self, module: nn.Module) -> bool:
+        return isinstance(module, UNet2DConditionModel)
+
+    def check(self, module: Any) -> None:
+        check_supported(module)
+
+    def read(self, arguments: Mapping[str, Any]) -> Call:
+        given = dict(arguments)
+        kwargs = dict(given.pop("cross_attention_kwargs", None) or {})
+        if "gligen" in kwargs:
+            raise RunError("cross_attention_kwargs['gligen'] is not supported")
+        scale = float(kwargs.pop("scale", 1.0))
+        return_dict = given.pop("return_dict", True)
+        return Call(UNetInputs(**given, cross_attention_kwargs=kwargs or None), scale, return_dict)
+
+    def place(self, pipe: Any, scheduler: Any, call: Call) -> Place:
+        """By where the timestep lies in memory: pipelines pass the elements of `scheduler.timesteps` on."""
+        timestep, schedule = call.inputs.timestep, getattr(scheduler, "timesteps", None)
+        if (
+            not isinstance(timestep, Tensor)
+            or not isinstance(schedule, Tensor)
+            or timestep.untyped_storage()._cdata != schedule.untyped_storage()._cdata
+        ):
+            raise RunError(
+                "timestep must be an element of pipe.scheduler.timesteps (`for t in scheduler.timesteps`), so that "
+                f"a step's position is known without reading the device; got {timestep!r}. Call set_timesteps of the "
+                "scheduler of the pipeline that was accelerated and pass its elements on. Two threads that draw with "
+                "one pipeline take each other's schedule away: let one wait for the other"
+            )
+        index = int(timestep.storage_offset() - schedule.storage_offset())
+        caller = calling_pipeline(self.pipelines)
+        if caller is None:
+            return Place(schedule, index)
+        return Place(schedule, index, halves=2 if caller.do_classifier_free_guidance else 1, whole=True)
+
+    def steps(self, pipe: Any, schedule: Tensor, first: int) -> int:
+        count = schedule.shape[0] - first
+        if getattr(pipe, "_denoising_end", None) is None:
+            return count
+        return min(count, getattr(pipe, "_num_timesteps", count))  # SDXL's base leaves the last steps to a refiner
+
+    def batched(self, module: Any, config: CMLoRAConfig, running: Running) -> BatchedUNet:
+        return BatchedUNet(module, config, running)
+
+    def result(self, noise: Tensor, call: Call) -> Any:
+        return UNet2DConditionOutput(sample=noise) if call.return_dict else (noise,)

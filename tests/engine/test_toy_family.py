@@ -1,0 +1,237 @@
+"""A second model family, thirty lines long: all methods, its own clock, a residual cache, halves in calls of their own."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+import cmlora
+from cmlora.batch.inputs import Inputs
+from cmlora.batch.rows import Shared, whole
+from cmlora.models import FAMILIES
+from cmlora.models.family import Batched, Call, Conditions, Family, Place
+from tests.models import add_lora, relative
+
+EXACT = 1e-5
+WIDTH = 8
+
+
+class Toy(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Three residual blocks on tokens [rows, tokens, width]; time is a number in [0, 1]."""
+
+    @register_to_config
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(3)])
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def block(self, i, x, prompt, time):
+        return x + torch.tanh(self.blocks[i](x) + prompt + time)
+
+    def forward(self, tokens, time, prompt):
+        x = tokens
+        for i in range(3):
+            x = self.block(i, x, prompt, time)
+        return self.out(x)
+
+
+# --- the family
+
+
+class ToyPipeline:
+    def __init__(self, toy):
+        self.toy, self.scheduler, self.step = toy, SimpleNamespace(sigmas=torch.linspace(1, 0.1, 6)), 0
+
+
+class ToyInputs(Inputs):
+    CONSTANT = ("prompt",)
+
+    def __init__(self, sample, timestep, prompt):
+        super().__init__(sample, timestep)
+        self.prompt = prompt
+
+    def map(self, change):
+        return ToyInputs(change(self.sample), change(self.timestep), change(self.prompt))
+
+
+class ToyPart:
+    """Head: the first block; deep: what the others add; tail: the sum, and the output layer."""
+
+    def __init__(self, model, inputs, rows):
+        self.model, self.rows = model, rows
+        self.given = [whole(Shared(t, False, True), rows) for t in (inputs.sample, inputs.prompt)]
+        self.time = inputs.timestep
+
+    def head(self):
+        x = Shared(self.model.block(0, *self.given, self.time), True, True)
+        return x, [x]
+
+    def deep(self, hidden, kept):
+        x = start = whole(hidden, self.rows)
+        for i in (1, 2):
+            x = self.model.block(i, x, self.given[1], self.time)
+        return x - start
+
+    def tail(self, feature, kept):
+        return self.model.out(whole(kept[0], self.rows) + feature)
+
+
+class ToyBatched(Batched):
+    def begin(self, inputs, timesteps):
+        return Conditions(inputs)
+
+    def part(self, inputs, conditions, rows, everyone, step):
+        return ToyPart(self.module, inputs, rows)
+
+    def latents(self, inputs):
+        return inputs.sample.transpose(1, 2).unflatten(2, (4, 4))
+
+
+class ToyFamily(Family):
+    attribute, pipelines = "toy", ("ToyPipeline",)
+
+    def owns(self, module):
+        return isinstance(module, Toy)
+
+    def check(self, module):
+        pass
+
+    def read(self, arguments):
+        return Call(ToyInputs(arguments["tokens"], arguments["time"], arguments["prompt"]))
+
+    def place(self, pipe, scheduler, call):
+        return Place(scheduler.sigmas, pipe.step)  # its clock: the pipeline says
+
+    def batched(self, module, config, running):
+        return ToyBatched(module, config, running)
+
+    def result(self, noise, call):
+        return noise
+
+
+# --- what is asked of it
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setattr("cmlora.models.FAMILIES", [*FAMILIES, ToyFamily()])
+    torch.manual_seed(0)
+    pipe = ToyPipeline(Toy())
+    for i, name in enumerate(("character", "style", "background")):
+        add_lora(pipe.toy, name, rank=2 + i, pattern=r"blocks\.[0-2]$", seed=i)
+    pipe.toy.set_adapters(["character", "style", "background"], [1.0, 0.7, 1.3])
+    return pipe
+
+
+def run(pipe, apart):
+    """Six steps of two images with guidance; apart: a call per half. All noises, one behind the other."""
+    generator = torch.Generator().manual_seed(1)
+    prompts, x = (torch.randn(2, 1, WIDTH, generator=generator) for _ in range(2)), None
+    negative, positive = prompts
+    x, seen = torch.randn(2, 16, WIDTH, generator=generator), []
+    both = torch.cat([negative, positive])
+    for pipe.step, time in enumerate(pipe.scheduler.sigmas):
+        if apart:
+            halves = [pipe.toy(x, time, prompt) for prompt in (negative, positive)]
+        else:
+            halves = pipe.toy(torch.cat([x, x]), time, both).chunk(2)
+        seen += halves
+        x = x + 0.1 * (halves[0] + 3 * (halves[1] - halves[0]))
+    return torch.cat(seen)
+
+
+class Peer:
+    """The same in the place of the toy's forward: one adapter after the other, a residual kept for each and each half."""
+
+    def __init__(self, pipe, interval, rule):
+        self.pipe, self.toy, self.interval, self.rule = pipe, pipe.toy, interval, rule
+        self.kept, self.names = {}, ["character", "style", "background"]
+        self.weights = dict(zip(self.names, [1.0, 0.7, 1.3], strict=True))
+
+    def one(self, name, tokens, time, prompt, refresh):
+        if name is None:
+            self.toy.disable_adapters()
+        else:
+            self.toy.set_adapters([name], [self.weights[name]])
+        head = self.toy.block(0, tokens, prompt, time)
+        key = (name, prompt.data_ptr())
+        if refresh or key not in self.kept:
+            x = self.toy.block(2, self.toy.block(1, head, prompt, time), prompt, time)
+            self.kept[key] = x - head
+        if name is None:
+            self.toy.enable_adapters()
+        return self.toy.out(head + self.kept[key])
+
+    def __call__(self, tokens, time, prompt):
+        step = self.pipe.step
+        refresh = step % self.interval == 0
+        dominant = self.names[step // self.interval % 3]
+        if self.rule == "switch":
+            name = self.names[max(step - 1, 0) // 2 % 3]
+            return self.one(name, tokens, time, prompt, refresh or (step > 1 and step % 2 == 1))
+        if self.rule == "cmlora":
+            seen = {
+                n: self.one(n, tokens, time, prompt, refresh and (n == dominant or self.interval == 1))
+                for n in self.names
+            }
+            return sum((2.5 if n == dominant else 1.0) * e for n, e in seen.items()) / 4.5
+        seen = [self.one(n, tokens, time, prompt, refresh) for n in self.names]
+        if self.rule == "mean":
+            return sum(seen) / 3
+        base = self.one(None, tokens, time, prompt, refresh)
+        return base + sum(e - base for e in seen)
+
+
+RULES = {
+    "mean": {"method": "composite", "combine": "mean"},
+    "deviation": {"method": "composite", "combine": "deviation", "cache_follow": False},
+    "cmlora": {"combine": "mean", "partition": "offline", "offline_boundary": 1.0, "dominant_decay": 0.0},
+    "switch": {"method": "switch", "switch_step": 2},
+}
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["halves together", "halves apart"])
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("rule", RULES)
+def test_methods_on_a_family_of_one_s_own_equal_a_loop(toy, rule, interval, apart):
+    peer = Peer(toy, interval, rule)
+    toy.toy.forward = peer
+    want = run(toy, apart)
+    del toy.toy.forward
+    toy.toy.set_adapters(["character", "style", "background"], [1.0, 0.7, 1.3])
+    cmlora.accelerate(toy, cache_interval=interval, **RULES[rule])
+    assert relative(run(toy, apart), want) < EXACT
+    assert len(cmlora.summary(toy).steps) == 6
+    cmlora.restore(toy)
+    assert "forward" not in toy.toy.__dict__
+
+
+def test_merge_and_no_lora_are_the_plain_model(toy):
+    want = run(toy, apart=False)
+    with cmlora.accelerated(toy, method="merge", cache_interval=1):
+        assert relative(run(toy, apart=False), want) < EXACT
+    with cmlora.accelerated(toy, method="no_lora", cache_interval=1):
+        got = run(toy, apart=True)
+    toy.toy.disable_adapters()
+    assert relative(got, run(toy, apart=True)) < EXACT
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_rows": 4}, {"memory_budget": 10**6}, {"partition": "online", "low": ["style"]}]
+)
+def test_limits_and_the_gate_serve_any_family(toy, limits):
+    cmlora.accelerate(toy, cache_interval=2, **{"partition": "offline", **limits})
+    got = run(toy, apart=False)
+    free = {name: value for name, value in limits.items() if name not in ("max_rows", "memory_budget")}
+    cmlora.accelerate(toy, cache_interval=2, **{"partition": "offline", **free})
+    assert relative(got, run(toy, apart=False)) < EXACT
+    assert cmlora.summary(toy).peak_bytes > 0
+
+
+def test_a_pipeline_without_a_known_module_names_the_families():
+    with pytest.raises(cmlora.UnsupportedModelError, match=r"has no unet.*StableDiffusionXLPipeline"):
+        cmlora.accelerate(SimpleNamespace())
