@@ -1,4 +1,4 @@
-"""A second model family, thirty lines long: all methods, its own clock, a residual cache, halves in calls of their own."""
+"""A second model family, thirty lines long: all methods, a clock of its own, a residual cache, halves called apart."""
 
 from types import SimpleNamespace
 
@@ -134,7 +134,8 @@ def run(pipe, apart):
     negative, positive = prompts
     x, seen = torch.randn(2, 16, WIDTH, generator=generator), []
     both = torch.cat([negative, positive])
-    for pipe.step, time in enumerate(pipe.scheduler.sigmas):
+    for step, time in enumerate(pipe.scheduler.sigmas):
+        pipe.step = step
         if apart:
             halves = [pipe.toy(x, time, prompt) for prompt in (negative, positive)]
         else:
@@ -145,7 +146,7 @@ def run(pipe, apart):
 
 
 class Peer:
-    """The same in the place of the toy's forward: one adapter after the other, a residual kept for each and each half."""
+    """In the place of the toy's forward: one adapter after the other, a residual kept for each and each half."""
 
     def __init__(self, pipe, interval, rule):
         self.pipe, self.toy, self.interval, self.rule = pipe, pipe.toy, interval, rule
@@ -169,15 +170,13 @@ class Peer:
     def __call__(self, tokens, time, prompt):
         step = self.pipe.step
         refresh = step % self.interval == 0
-        dominant = self.names[step // self.interval % 3]
+        dominant = self.names[step // self.interval % 2]  # the background is low: not in the early stage
         if self.rule == "switch":
             name = self.names[max(step - 1, 0) // 2 % 3]
             return self.one(name, tokens, time, prompt, refresh or (step > 1 and step % 2 == 1))
         if self.rule == "cmlora":
-            seen = {
-                n: self.one(n, tokens, time, prompt, refresh and (n == dominant or self.interval == 1))
-                for n in self.names
-            }
+            fresh = {n: refresh and (n == dominant or self.interval == 1) for n in self.names}
+            seen = {n: self.one(n, tokens, time, prompt, fresh[n]) for n in self.names}
             return sum((2.5 if n == dominant else 1.0) * e for n, e in seen.items()) / 4.5
         seen = [self.one(n, tokens, time, prompt, refresh) for n in self.names]
         if self.rule == "mean":

@@ -95,8 +95,8 @@ def check_supported(unet: Any) -> None:
     for name, block in (*unet.down_blocks.named_children(), *unet.up_blocks.named_children()):
         if not unhooked(block):
             raise UnsupportedModelError(
-                f"{type(block).__name__} {name} carries a hook or a forward of its own, which would be bypassed: what a "
-                "block is made of is run piece by piece. Take it out, or hook the block's resnets and attentions"
+                f"{type(block).__name__} {name} carries a hook or a forward of its own, which would be bypassed: "
+                "blocks are run piece by piece. Take it out, or hook the block's resnets and attentions"
             )
     modules: list[Any] = [module for _, module in outline(unet)]
     processors = {type(m.get_processor()).__name__ for m in modules if hasattr(type(m), "get_processor")}
