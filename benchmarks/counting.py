@@ -23,7 +23,7 @@ from cmlora_kernels.combine_noise import combine_launch
 from cmlora_kernels.feature_bank import gather_concat_launch, scatter_launch
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.layout import dense_format
-from cmlora_kernels.multi_lora_add import add_launch
+from cmlora_kernels.multi_lora_add import add_launches
 from cmlora_kernels.multi_lora_linear import linear_launch
 from cmlora_kernels.spectrum import finish_launch, spectrum_launch
 from cmlora_kernels.tiles import Problem, choose
@@ -158,8 +158,19 @@ def _kernel(launch: Launch, work: int = 0, problem: Problem | None = None) -> Op
     return Op(launch.name, launch.unique_bytes, launch.flops, work, "triton" if work else "none", problem)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Any, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, _: str) -> Any:
-    p = Problem.of(x, slots, b, scales, bias is not None)
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    slots: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    _: str,
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> Any:
+    p = Problem.of(x, slots, b, scales, bias is not None, token_weights)
     used = p._replace(adapters=min(p.rows, p.adapters))  # a row reads one adapter
 
     def kernels(arch: str) -> Iterator[Op]:
@@ -169,18 +180,29 @@ def _linear(x: Tensor, weight: Tensor, bias: Any, slots: Tensor, a: Tensor, b: T
             tile, inner = launch.constexprs, p.inner
             m, n, r = (tile[f"BLOCK_{axis}"] for axis in "MNR")
             yield _kernel(launch, 2 * math.prod(launch.grid) * m * (inner * (n + r) + r * n), used)
+            yield from _adds(used, arch, 1)
             return
         if strategy != "add":
-            raise ValueError(f"rank must be one that the kernels serve on {arch}, got {p.rank}")
+            raise ValueError(f"dtype must be one that the kernels serve, got {p.dtype}")
         m = p.rows * p.tokens
         base = 2 * m * p.inner * p.outer
         moved = p.dtype.itemsize * (m * (p.inner + p.outer) + p.outer * (p.inner + p.bias))
         yield Op("linear", moved, base, base, "library")
-        launch = add_launch(used, arch)
-        tile, piece = launch.constexprs, int(launch.scalars["piece"])
-        yield _kernel(launch, 2 * math.prod(launch.grid) * tile["BLOCK_M"] * tile["BLOCK_R"] * (p.inner + piece), used)
+        yield from _adds(used, arch)
 
     return kernels
+
+
+def _adds(p: Problem, arch: str, done: int = 0) -> Iterator[Op]:
+    """The update in place, a launch per chunk of ranks but for those that are done."""
+    for _, launch in add_launches(p, arch)[done:]:
+        tile, piece = launch.constexprs, int(launch.scalars["piece"])
+        yield _kernel(launch, 2 * math.prod(launch.grid) * tile["BLOCK_M"] * tile["BLOCK_R"] * (p.inner + piece), p)
+
+
+def _add(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, _: str, *weights: Any) -> Any:
+    p = Problem.of(x, slots, b, scales, False, weights[0] if weights else None)
+    return lambda arch: _adds(p._replace(adapters=min(p.rows, p.adapters)), arch)
 
 
 def _gather(bank: Tensor, skip: Tensor, index: Tensor | None, _: str) -> Any:
@@ -219,6 +241,7 @@ def _dominant(x: Tensor, cutoff: float, gate: float, early: int, late: int, adap
 # op -> its arguments -> target -> its kernels; an op that is missing here is a KeyError, not a wrong count
 KERNELS: dict[str, Callable[..., Callable[[str], Iterator[Op]]]] = {
     "multi_lora_linear": _linear,
+    "multi_lora_add_": _add,
     "gather_concat": _gather,
     "scatter_rows": _scatter,
     "combine_noise": _combine,

@@ -7,15 +7,16 @@ Every row of the batch names its adapter by a slot in a device tensor; slot -1 i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cmlora_kernels.dispatch import Backend, check_backend, register
 from cmlora_kernels.launch import arch_of
-from cmlora_kernels.multi_lora import check_dtypes, runs_triton
+from cmlora_kernels.multi_lora import check_dtypes, check_weights, column_weights, fused_all, runs_triton
 from cmlora_kernels.multi_lora_conv import triton_conv_add
-from cmlora_kernels.multi_lora_linear import fused_linear
 from cmlora_kernels.tiles import Problem, choose
 
 
@@ -30,10 +31,12 @@ def conv2d_definition(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """`multi_lora_conv2d` in plain torch."""
     y = F.conv2d(x, weight, bias, stride, padding, dilation)
-    return conv2d_add_definition(y, x, slots, a, b, scales, stride, padding, dilation)
+    return conv2d_add_definition(y, x, slots, a, b, scales, stride, padding, dilation, token_weights, groups)
 
 
 def conv2d_add_definition(
@@ -46,12 +49,16 @@ def conv2d_add_definition(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """`multi_lora_conv2d_add_` in plain torch: the shrink is one grouped convolution, a group per row."""
     rows, channels, height, width = x.shape
     index = slots.clamp_min(0)
     image, kernels = x.reshape(1, rows * channels, height, width), a[index].flatten(0, 1)
     down = F.conv2d(image, kernels, None, stride, padding, dilation, groups=rows).view(rows, a.shape[1], -1)
+    if token_weights is not None and groups is not None:
+        down *= column_weights(token_weights, groups[index])
     per_row = (scales[index] * (slots >= 0).unsqueeze(1)).unsqueeze(2).to(x.dtype)
     return y.add_(torch.bmm(b[index], down * per_row).view(y.shape))
 
@@ -68,15 +75,17 @@ def _conv2d_body(
     padding: list[int],
     dilation: list[int],
     backend: str,
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     if not runs_triton(x, a.shape[1], backend):
-        return conv2d_definition(x, weight, bias, slots, a, b, scales, stride, padding, dilation)
+        return conv2d_definition(x, weight, bias, slots, a, b, scales, stride, padding, dilation, token_weights, groups)
     if weight.shape[2:] == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
-        y = _pointwise(x, weight, bias, slots, a, b, scales)
+        y = _pointwise(x, weight, bias, slots, a, b, scales, token_weights, groups)
         if y is not None:
             return y
     y = F.conv2d(x, weight, bias, stride, padding, dilation)
-    return triton_conv_add(y, x, slots, a, b, scales, (*stride, *padding, *dilation))
+    return triton_conv_add(y, x, slots, a, b, scales, (*stride, *padding, *dilation), token_weights, groups)
 
 
 def _conv2d_add_body(
@@ -90,39 +99,38 @@ def _conv2d_add_body(
     padding: list[int],
     dilation: list[int],
     backend: str,
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> None:
     if not runs_triton(x, a.shape[1], backend):
-        conv2d_add_definition(y, x, slots, a, b, scales, stride, padding, dilation)
+        conv2d_add_definition(y, x, slots, a, b, scales, stride, padding, dilation, token_weights, groups)
         return
     into = y if y.stride(2) == y.shape[3] * y.stride(3) else y.contiguous()  # pixels must be one dimension
-    triton_conv_add(into, x, slots, a, b, scales, (*stride, *padding, *dilation))
+    triton_conv_add(into, x, slots, a, b, scales, (*stride, *padding, *dilation), token_weights, groups)
     if into is not y:
         y.copy_(into)
 
 
-def _conv2d_add_fake(
-    y: Tensor,
-    x: Tensor,
-    slots: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scales: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    backend: str,
-) -> None:
+def _conv2d_add_fake(*_: Any, **__: Any) -> None:
     return None
 
 
 def _pointwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slots: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor | None:
     """A 1x1 convolution as a linear layer over pixels, in x's memory format; None where the cost model says cuDNN."""
     rows, channels, height, width = x.shape
-    problem = Problem(
-        rows, height * width, channels, weight.shape[0], b.shape[2], 1, a.shape[0], x.dtype, bias is not None
-    )
+    weights = 0 if token_weights is None else token_weights.shape[1]
+    sizes = (rows, height * width, channels, weight.shape[0], b.shape[2], 1, a.shape[0])
+    problem = Problem(*sizes, x.dtype, bias is not None, weights)
     if x.stride(2) != width * x.stride(3) or choose(problem, arch_of(x.device)).strategy != "fused":
         return None
     last = x.stride(1) == 1 and not x.is_contiguous()
@@ -133,7 +141,7 @@ def _pointwise(
         memory_format=torch.channels_last if last else torch.contiguous_format,
     )
     tokens, outputs = x.flatten(2).transpose(1, 2), y.flatten(2).transpose(1, 2)
-    fused_linear(tokens, weight.flatten(1), bias, slots, a.flatten(2), b, scales, outputs)
+    fused_all(tokens, weight.flatten(1), bias, slots, a.flatten(2), b, scales, outputs, token_weights, groups)
     return y
 
 
@@ -149,13 +157,16 @@ def _conv2d_fake(
     padding: list[int],
     dilation: list[int],
     backend: str,
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     return F.conv2d(x, weight, bias, stride, padding, dilation)
 
 
 _conv2d = register(
     "multi_lora_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor slots, Tensor a, Tensor b, Tensor scales, "
-    "int[2] stride, int[2] padding, int[2] dilation, str backend) -> Tensor",
+    "int[2] stride, int[2] padding, int[2] dilation, str backend, "
+    "Tensor? token_weights=None, Tensor? groups=None) -> Tensor",
     _conv2d_body,
     _conv2d_fake,
 )
@@ -163,7 +174,8 @@ _conv2d = register(
 
 _conv2d_add = register(
     "multi_lora_conv2d_add_(Tensor(y!) y, Tensor x, Tensor slots, Tensor a, Tensor b, Tensor scales, "
-    "int[2] stride, int[2] padding, int[2] dilation, str backend) -> ()",
+    "int[2] stride, int[2] padding, int[2] dilation, str backend, "
+    "Tensor? token_weights=None, Tensor? groups=None) -> ()",
     _conv2d_add_body,
     _conv2d_add_fake,
 )
@@ -181,8 +193,10 @@ def multi_lora_conv2d(
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     backend: Backend = "auto",
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
-    """A convolution with one LoRA per row of the batch (LoCon: a k x k down, a 1x1 up).
+    """A convolution with one LoRA per row of the batch (LoCon: a k x k down, a 1x1 up), or with weighted ones at once.
 
     Args:
         x: [rows, in, height, width].
@@ -190,6 +204,8 @@ def multi_lora_conv2d(
         slots: [rows], int64; -1 is the base layer alone.
         a: [slots, rank, in, kh, kw]; b: [slots, out, rank]; scales: [slots, 1], float32.
         stride, padding, dilation: as in torch.nn.functional.conv2d; groups are not supported.
+        token_weights: [rows, weights, height' * width'] or [rows, weights, height', width'], float32, for the output's
+            pixels; groups: [slots, rank], int32. As in `multi_lora_linear`.
 
     Returns:
         [rows, out, height', width'].
@@ -201,7 +217,12 @@ def multi_lora_conv2d(
         raise ValueError(f"a must be [slots, rank, {', '.join(map(str, weight.shape[1:]))}], got {tuple(a.shape)}")
     _check(x, slots, a, b, scales, weight.shape[0], backend)
     check_dtypes(x, weight=weight, bias=bias)
-    y: Tensor = _conv2d(x, weight, bias, slots, a, b, scales, stride, padding, dilation, backend)
+    geometry = (stride, padding, dilation)
+    if token_weights is not None or groups is not None:
+        weights = _pixel_weights(token_weights, groups, x, a, *geometry)
+        weighted: Tensor = _conv2d(x, weight, bias, slots, a, b, scales, *geometry, backend, weights, groups)
+        return weighted
+    y: Tensor = _conv2d(x, weight, bias, slots, a, b, scales, *geometry, backend)  # the shorter call is the cheaper one
     return y
 
 
@@ -216,12 +237,14 @@ def multi_lora_conv2d_add_(
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     backend: Backend = "auto",
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """Add every row's low-rank update of a convolution to y in place, whatever computed y.
 
     Args:
         y: [rows, out, height', width'], the base convolution's output; any strides, but dense pixels spare a copy.
-        x ... backend: as in `multi_lora_conv2d`.
+        x ... groups: as in `multi_lora_conv2d`.
 
     Returns:
         y.
@@ -230,18 +253,44 @@ def multi_lora_conv2d_add_(
         ValueError: a shape, dtype or backend that does not fit; it names the argument.
     """
     _check(x, slots, a, b, scales, b.shape[1] if b.ndim == 3 else 0, backend)
-    sides = (
-        (size + 2 * pad - gap * (taps - 1) - 1) // step + 1
-        for size, taps, step, pad, gap in zip(x.shape[2:], a.shape[3:], stride, padding, dilation, strict=True)
-    )
-    want = (x.shape[0], b.shape[1], *sides)
+    geometry = (stride, padding, dilation)
+    want = (x.shape[0], b.shape[1], *_out_size(x, a, *geometry))
     if y.shape != want:
         raise ValueError(
             f"y must be [rows, out, height', width'] = {want} for x {tuple(x.shape)}, got {tuple(y.shape)}"
         )
     check_dtypes(x, y=y)
-    _conv2d_add(y, x, slots, a, b, scales, stride, padding, dilation, backend)
+    if token_weights is not None or groups is not None:
+        weights = _pixel_weights(token_weights, groups, x, a, *geometry)
+        _conv2d_add(y, x, slots, a, b, scales, *geometry, backend, weights, groups)
+    else:
+        _conv2d_add(y, x, slots, a, b, scales, *geometry, backend)
     return y
+
+
+def _out_size(x: Tensor, a: Tensor, *geometry: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the output; geometry is stride, padding and dilation."""
+    height, width = (
+        (size + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
+        for size, taps, stride, pad, dilation in zip(x.shape[2:], a.shape[3:], *geometry, strict=True)
+    )
+    return height, width
+
+
+def _pixel_weights(
+    token_weights: Tensor | None, groups: Tensor | None, x: Tensor, a: Tensor, *geometry: tuple[int, int]
+) -> Tensor | None:
+    """Token weights [rows, weights, pixels], checked."""
+    size = _out_size(x, a, *geometry)
+    if token_weights is not None and token_weights.ndim == 4:
+        if token_weights.shape[2:] != size:
+            raise ValueError(
+                f"token_weights must be [rows, weights, height', width'] with {size} places, "
+                f"got {tuple(token_weights.shape)}"
+            )
+        token_weights = token_weights.flatten(2)
+    check_weights(token_weights, groups, (x.shape[0], size[0] * size[1]), a)
+    return token_weights
 
 
 def _check(x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, out: int, backend: str) -> None:
