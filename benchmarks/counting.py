@@ -24,6 +24,7 @@ from cmlora_kernels.feature_bank import gather_concat_launch, scatter_launch
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.layout import dense_format
 from cmlora_kernels.multi_lora_add import add_launches
+from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
 from cmlora_kernels.multi_lora_linear import linear_launch
 from cmlora_kernels.spectrum import finish_launch, spectrum_launch
 from cmlora_kernels.tiles import Problem, choose
@@ -170,7 +171,10 @@ def _linear(
     token_weights: Tensor | None = None,
     groups: Tensor | None = None,
 ) -> Any:
-    p = Problem.of(x, slots, b, scales, bias is not None, token_weights)
+    return _layer(Problem.of(x, slots, b, scales, bias is not None, token_weights))
+
+
+def _layer(p: Problem) -> Callable[[str], Iterator[Op]]:
     used = p._replace(adapters=min(p.rows, p.adapters))  # a row reads one adapter
 
     def kernels(arch: str) -> Iterator[Op]:
@@ -203,6 +207,45 @@ def _adds(p: Problem, arch: str, done: int = 0) -> Iterator[Op]:
 def _add(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, _: str, *weights: Any) -> Any:
     p = Problem.of(x, slots, b, scales, False, weights[0] if weights else None)
     return lambda arch: _adds(p._replace(adapters=min(p.rows, p.adapters)), arch)
+
+
+def _conv_add(
+    y: Any, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, *rest: Any
+) -> Callable[[str], Iterator[Op]]:
+    stride, padding, dilation, _, *weights = rest
+    count = weights[0].shape[1] if weights and weights[0] is not None else 0
+    geometry = (tuple(a.shape[3:]), tuple(stride), tuple(padding), tuple(dilation))
+    p = ConvProblem(*x.shape, b.shape[1], a.shape[1], min(x.shape[0], a.shape[0]), x.dtype, *geometry, count)
+
+    def kernels(arch: str) -> Iterator[Op]:
+        for _, launch in conv_add_launches(p, arch):
+            tile, piece = launch.constexprs, int(launch.scalars["piece"])
+            padded = 2 * math.prod(launch.grid) * tile["BLOCK_M"] * tile["BLOCK_R"]
+            yield _kernel(launch, padded * (math.prod(a.shape[2:]) + piece))
+
+    return kernels
+
+
+def _conv(
+    x: Tensor, weight: Tensor, bias: Any, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, *rest: Any
+) -> Callable[[str], Iterator[Op]]:
+    stride, padding, dilation, _, *weights = rest
+    add = _conv_add(None, x, slots, a, b, scales, *rest)
+    y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation)
+    flops, moved = 2 * y.numel() * math.prod(weight.shape[1:]), sum(map(_bytes, _tensors((x, weight, bias, y))))
+    base = Op("convolution", moved, flops, flops, "library")
+    plain = weight.shape[2:] == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
+    sizes = (x.shape[0], y[0, 0].numel(), *weight.shape[1::-1][:2], a.shape[1], 1, a.shape[0], x.dtype)
+    pixels = Problem(*sizes, bias is not None, weights[0].shape[1] if weights and weights[0] is not None else 0)
+
+    def kernels(arch: str) -> Iterator[Op]:
+        if plain and choose(pixels, arch).strategy == "fused":
+            yield from _layer(pixels)(arch)
+            return
+        yield base
+        yield from add(arch)
+
+    return kernels
 
 
 def _gather(bank: Tensor, skip: Tensor, index: Tensor | None, _: str) -> Any:
@@ -242,6 +285,8 @@ def _dominant(x: Tensor, cutoff: float, gate: float, early: int, late: int, adap
 KERNELS: dict[str, Callable[..., Callable[[str], Iterator[Op]]]] = {
     "multi_lora_linear": _linear,
     "multi_lora_add_": _add,
+    "multi_lora_conv2d": _conv,
+    "multi_lora_conv2d_add_": _conv_add,
     "gather_concat": _gather,
     "scatter_rows": _scatter,
     "combine_noise": _combine,
