@@ -23,7 +23,8 @@ from cmlora_kernels.combine_noise import combine_launch
 from cmlora_kernels.feature_bank import gather_concat_launch, scatter_launch
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.layout import dense_format
-from cmlora_kernels.multi_lora_add import add_launch
+from cmlora_kernels.multi_lora_add import add_launches
+from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
 from cmlora_kernels.multi_lora_linear import linear_launch
 from cmlora_kernels.spectrum import finish_launch, spectrum_launch
 from cmlora_kernels.tiles import Problem, choose
@@ -158,8 +159,22 @@ def _kernel(launch: Launch, work: int = 0, problem: Problem | None = None) -> Op
     return Op(launch.name, launch.unique_bytes, launch.flops, work, "triton" if work else "none", problem)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Any, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, _: str) -> Any:
-    p = Problem.of(x, slots, b, scales, bias is not None)
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    slots: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    _: str,
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> Any:
+    return _layer(Problem.of(x, slots, b, scales, bias is not None, token_weights))
+
+
+def _layer(p: Problem) -> Callable[[str], Iterator[Op]]:
     used = p._replace(adapters=min(p.rows, p.adapters))  # a row reads one adapter
 
     def kernels(arch: str) -> Iterator[Op]:
@@ -169,16 +184,66 @@ def _linear(x: Tensor, weight: Tensor, bias: Any, slots: Tensor, a: Tensor, b: T
             tile, inner = launch.constexprs, p.inner
             m, n, r = (tile[f"BLOCK_{axis}"] for axis in "MNR")
             yield _kernel(launch, 2 * math.prod(launch.grid) * m * (inner * (n + r) + r * n), used)
+            yield from _adds(used, arch, 1)
             return
         if strategy != "add":
-            raise ValueError(f"rank must be one that the kernels serve on {arch}, got {p.rank}")
+            raise ValueError(f"dtype must be one that the kernels serve, got {p.dtype}")
         m = p.rows * p.tokens
         base = 2 * m * p.inner * p.outer
         moved = p.dtype.itemsize * (m * (p.inner + p.outer) + p.outer * (p.inner + p.bias))
         yield Op("linear", moved, base, base, "library")
-        launch = add_launch(used, arch)
+        yield from _adds(used, arch)
+
+    return kernels
+
+
+def _adds(p: Problem, arch: str, done: int = 0) -> Iterator[Op]:
+    """The update in place, a launch per chunk of ranks but for those that are done."""
+    for _, launch in add_launches(p, arch)[done:]:
         tile, piece = launch.constexprs, int(launch.scalars["piece"])
-        yield _kernel(launch, 2 * math.prod(launch.grid) * tile["BLOCK_M"] * tile["BLOCK_R"] * (p.inner + piece), used)
+        yield _kernel(launch, 2 * math.prod(launch.grid) * tile["BLOCK_M"] * tile["BLOCK_R"] * (p.inner + piece), p)
+
+
+def _add(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, _: str, *weights: Any) -> Any:
+    p = Problem.of(x, slots, b, scales, False, weights[0] if weights else None)
+    return lambda arch: _adds(p._replace(adapters=min(p.rows, p.adapters)), arch)
+
+
+def _conv_add(
+    y: Any, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, *rest: Any
+) -> Callable[[str], Iterator[Op]]:
+    stride, padding, dilation, _, *weights = rest
+    count = weights[0].shape[1] if weights and weights[0] is not None else 0
+    geometry = (tuple(a.shape[3:]), tuple(stride), tuple(padding), tuple(dilation))
+    p = ConvProblem(*x.shape, b.shape[1], a.shape[1], min(x.shape[0], a.shape[0]), x.dtype, *geometry, count)
+
+    def kernels(arch: str) -> Iterator[Op]:
+        for _, launch in conv_add_launches(p, arch):
+            tile, piece = launch.constexprs, int(launch.scalars["piece"])
+            padded = 2 * math.prod(launch.grid) * tile["BLOCK_M"] * tile["BLOCK_R"]
+            yield _kernel(launch, padded * (math.prod(a.shape[2:]) + piece))
+
+    return kernels
+
+
+def _conv(
+    x: Tensor, weight: Tensor, bias: Any, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, *rest: Any
+) -> Callable[[str], Iterator[Op]]:
+    stride, padding, dilation, _, *weights = rest
+    add = _conv_add(None, x, slots, a, b, scales, *rest)
+    y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation)
+    flops, moved = 2 * y.numel() * math.prod(weight.shape[1:]), sum(map(_bytes, _tensors((x, weight, bias, y))))
+    base = Op("convolution", moved, flops, flops, "library")
+    plain = weight.shape[2:] == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
+    sizes = (x.shape[0], y[0, 0].numel(), *weight.shape[1::-1][:2], a.shape[1], 1, a.shape[0], x.dtype)
+    pixels = Problem(*sizes, bias is not None, weights[0].shape[1] if weights and weights[0] is not None else 0)
+
+    def kernels(arch: str) -> Iterator[Op]:
+        if plain and choose(pixels, arch).strategy == "fused":
+            yield from _layer(pixels)(arch)
+            return
+        yield base
+        yield from add(arch)
 
     return kernels
 
@@ -219,6 +284,9 @@ def _dominant(x: Tensor, cutoff: float, gate: float, early: int, late: int, adap
 # op -> its arguments -> target -> its kernels; an op that is missing here is a KeyError, not a wrong count
 KERNELS: dict[str, Callable[..., Callable[[str], Iterator[Op]]]] = {
     "multi_lora_linear": _linear,
+    "multi_lora_add_": _add,
+    "multi_lora_conv2d": _conv,
+    "multi_lora_conv2d_add_": _conv_add,
     "gather_concat": _gather,
     "scatter_rows": _scatter,
     "combine_noise": _combine,

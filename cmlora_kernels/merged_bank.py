@@ -175,7 +175,7 @@ def _merged_body(x: Tensor, bank: Tensor, bias: Tensor | None, slots: Tensor, ba
 
 
 def _runs_triton(x: Tensor, backend: str) -> bool:
-    return use_triton(x, backend) and x.numel() > 0 and supports(1, x.dtype, arch_of(x.device))
+    return use_triton(x, backend) and x.numel() > 0 and supports(1, x.dtype)
 
 
 def _merged_fake(x: Tensor, bank: Tensor, bias: Tensor | None, slots: Tensor, backend: str) -> Tensor:

@@ -4,9 +4,14 @@ y[r] = x[r] W^T + bias + scales[slot r] (x[r] A[slot r]^T) B[slot r]^T          
 
 Every row of the batch names its adapter by a slot in a device tensor; slot -1 is the base layer alone. Several
 projections of one x (q, k, v) may be stacked: `parts` equal slices of the output, each with its own rank slice of A.
+
+With token weights w the columns of x A^T are multiplied per token, z[t, c] = w[groups[slot, c], t] (x A^T)[t, c], so
+that a slot of several adapters' ranks lets each act where its mask says.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +21,23 @@ from cmlora_kernels.cpu_linear import linear
 from cmlora_kernels.dispatch import Backend, check_backend, register, use_triton
 from cmlora_kernels.launch import arch_of
 from cmlora_kernels.multi_lora_add import triton_add
-from cmlora_kernels.multi_lora_conv import triton_conv_add
 from cmlora_kernels.multi_lora_linear import fused_linear
-from cmlora_kernels.tiles import Problem, choose, supports
+from cmlora_kernels.tiles import Problem, choose, rank_chunks, supports
 
 
-def add_definition(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor) -> Tensor:
+def add_definition(
+    y: Tensor,
+    x: Tensor,
+    slots: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> Tensor:
     """`multi_lora_add_` in plain torch."""
     rank = b.shape[2]
-    down, per_row = shrink_definition(x, slots, a, scales)
+    down, per_row = shrink_definition(x, slots, a, scales, token_weights, groups)
     for part, (y_part, b_part) in enumerate(
         zip(y.chunk(scales.shape[1], 2), b[slots.clamp_min(0)].chunk(scales.shape[1], 1), strict=True)
     ):
@@ -33,20 +46,33 @@ def add_definition(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, sc
     return y
 
 
-def shrink_definition(x: Tensor, slots: Tensor, a: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+def shrink_definition(
+    x: Tensor,
+    slots: Tensor,
+    a: Tensor,
+    scales: Tensor,
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """x A^T per row [rows, tokens, parts * rank], and the scale per row and part, zero where the slot is -1."""
     index = slots.clamp_min(0)
-    return torch.bmm(x, a[index].transpose(1, 2)), scales[index] * (slots >= 0).unsqueeze(1)
+    per_row = scales[index] * (slots >= 0).unsqueeze(1)
+    if token_weights is None or groups is None:
+        return torch.bmm(x, a[index].transpose(1, 2)), per_row
+    down = torch.bmm(a[index], x.transpose(1, 2))  # tokens innermost, as the weights are
+    down *= column_weights(token_weights, groups[index])
+    return down.transpose(1, 2), per_row
+
+
+def column_weights(token_weights: Tensor, groups: Tensor) -> Tensor:
+    """Each row's weights per column of x A^T: groups [rows, columns] -> [rows, columns, tokens]."""
+    rows, _, tokens = token_weights.shape
+    whole = token_weights.new_ones(1, 1, 1).expand(rows, 1, tokens)
+    each = torch.arange(rows, device=groups.device).unsqueeze(1)
+    return torch.cat([token_weights, whole], 1)[each, groups]  # -1 is the last one
 
 
 def linear_definition(
-    x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor
-) -> Tensor:
-    """`multi_lora_linear` in plain torch."""
-    return add_definition(linear(x, weight, bias), x, slots, a, b, scales)
-
-
-def conv2d_definition(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -54,35 +80,19 @@ def conv2d_definition(
     a: Tensor,
     b: Tensor,
     scales: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
-    """`multi_lora_conv2d` in plain torch: the shrink is one grouped convolution, a group per row."""
-    rows, channels, height, width = x.shape
-    rank = a.shape[1]
-    y = F.conv2d(x, weight, bias, stride, padding, dilation)
-    index = slots.clamp_min(0)
-    down = F.conv2d(
-        x.reshape(1, rows * channels, height, width),
-        a[index].flatten(0, 1),
-        None,
-        stride,
-        padding,
-        dilation,
-        groups=rows,
-    )
-    per_row = (scales[index] * (slots >= 0).unsqueeze(1)).unsqueeze(2).to(x.dtype)
-    update = torch.bmm(b[index], down.view(rows, rank, -1) * per_row)
-    return y.add_(update.view_as(y))
+    """`multi_lora_linear` in plain torch."""
+    return add_definition(linear(x, weight, bias), x, slots, a, b, scales, token_weights, groups)
 
 
-def _runs_triton(x: Tensor, rank: int, backend: str) -> bool:
-    """Whether a kernel runs: not for ranks, dtypes and empty tensors that none serves; not for bfloat16 on the CPU,
-    where the interpreter's tl.dot reads the numbers as integers."""
+def runs_triton(x: Tensor, rank: int, backend: str) -> bool:
+    """Whether a kernel runs: not for dtypes and empty tensors that none serves; not for bfloat16 on the CPU, where the
+    interpreter's tl.dot reads the numbers as integers."""
     if not use_triton(x, backend) or x.numel() == 0 or (x.dtype == torch.bfloat16 and not x.is_cuda):
         return False
-    return supports(rank, x.dtype, arch_of(x.device))
+    return supports(rank, x.dtype)
 
 
 def _linear_body(
@@ -94,15 +104,36 @@ def _linear_body(
     b: Tensor,
     scales: Tensor,
     backend: str,
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
-    if not _runs_triton(x, b.shape[2], backend):
-        return linear_definition(x, weight, bias, slots, a, b, scales)
-    problem = Problem.of(x, slots, b, scales, bias is not None)
+    if not runs_triton(x, b.shape[2], backend):
+        return linear_definition(x, weight, bias, slots, a, b, scales, token_weights, groups)
+    problem = Problem.of(x, slots, b, scales, bias is not None, token_weights)
     if choose(problem, arch_of(x.device)).strategy == "fused":
         y = x.new_empty((x.shape[0], x.shape[1], weight.shape[0]))
-        return fused_linear(x, weight, bias, slots, a, b, scales, y)
+        return fused_all(x, weight, bias, slots, a, b, scales, y, token_weights, groups)
     y = F.linear(x, weight, bias)
-    triton_add(y, x, slots, a, b, scales)
+    triton_add(y, x, slots, a, b, scales, token_weights, groups)
+    return y
+
+
+def fused_all(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slots: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    y: Tensor,
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> Tensor:
+    """The base GEMM with the first chunk of ranks inside, then the other chunks in place."""
+    fused_linear(x, weight, bias, slots, a, b, scales, y, token_weights, groups)
+    if len(rank_chunks(b.shape[2], x.dtype, arch_of(x.device))) > 1:
+        triton_add(y, x, slots, a, b, scales, token_weights, groups, done=1)
     return y
 
 
@@ -115,98 +146,42 @@ def _linear_fake(
     b: Tensor,
     scales: Tensor,
     backend: str,
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:2], weight.shape[0]))
 
 
-def _add_body(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, backend: str) -> None:
-    if _runs_triton(x, b.shape[2], backend):
-        triton_add(y, x, slots, a, b, scales)
-    else:
-        add_definition(y, x, slots, a, b, scales)
+def _add_body(
+    y: Tensor,
+    x: Tensor,
+    slots: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    backend: str,
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> None:
+    run = triton_add if runs_triton(x, b.shape[2], backend) else add_definition
+    run(y, x, slots, a, b, scales, token_weights, groups)
 
 
-def _add_fake(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, backend: str) -> None:
+def _add_fake(*_: Any, **__: Any) -> None:
     return None
-
-
-def _conv2d_body(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    slots: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scales: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    backend: str,
-) -> Tensor:
-    if not _runs_triton(x, a.shape[1], backend):
-        return conv2d_definition(x, weight, bias, slots, a, b, scales, stride, padding, dilation)
-    if weight.shape[2:] == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
-        y = _pointwise(x, weight, bias, slots, a, b, scales)
-        if y is not None:
-            return y
-    y = F.conv2d(x, weight, bias, stride, padding, dilation)
-    return triton_conv_add(y, x, slots, a, b, scales, (*stride, *padding, *dilation))
-
-
-def _pointwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor
-) -> Tensor | None:
-    """A 1x1 convolution as a linear layer over pixels, in x's memory format; None where the cost model says cuDNN."""
-    rows, channels, height, width = x.shape
-    problem = Problem(
-        rows, height * width, channels, weight.shape[0], b.shape[2], 1, a.shape[0], x.dtype, bias is not None
-    )
-    if x.stride(2) != width * x.stride(3) or choose(problem, arch_of(x.device)).strategy != "fused":
-        return None
-    last = x.stride(1) == 1 and not x.is_contiguous()
-    y = torch.empty(
-        (rows, weight.shape[0], height, width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-    )
-    tokens, outputs = x.flatten(2).transpose(1, 2), y.flatten(2).transpose(1, 2)
-    fused_linear(tokens, weight.flatten(1), bias, slots, a.flatten(2), b, scales, outputs)
-    return y
-
-
-def _conv2d_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    slots: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scales: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    backend: str,
-) -> Tensor:
-    return F.conv2d(x, weight, bias, stride, padding, dilation)
 
 
 _linear = register(
     "multi_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor slots, Tensor a, Tensor b, Tensor scales, "
-    "str backend) -> Tensor",
+    "str backend, Tensor? token_weights=None, Tensor? groups=None) -> Tensor",
     _linear_body,
     _linear_fake,
 )
 _add = register(
-    "multi_lora_add_(Tensor(y!) y, Tensor x, Tensor slots, Tensor a, Tensor b, Tensor scales, str backend) -> ()",
+    "multi_lora_add_(Tensor(y!) y, Tensor x, Tensor slots, Tensor a, Tensor b, Tensor scales, "
+    "str backend, Tensor? token_weights=None, Tensor? groups=None) -> ()",
     _add_body,
     _add_fake,
-)
-_conv2d = register(
-    "multi_lora_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor slots, Tensor a, Tensor b, Tensor scales, "
-    "int[2] stride, int[2] padding, int[2] dilation, str backend) -> Tensor",
-    _conv2d_body,
-    _conv2d_fake,
 )
 
 
@@ -219,16 +194,24 @@ def multi_lora_linear(
     b: Tensor,
     scales: Tensor,
     backend: Backend = "auto",
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer with one LoRA per row of the batch.
+    """A linear layer with one LoRA per row of the batch, or with several at once, each where its weights let it.
+
+    A slot may hold the concatenated ranks of several adapters: `groups` names for each of them the token weight that
+    multiplies its column of x A^T.
 
     Args:
         x: [rows, tokens, in].
         weight: [out, in]; bias: [out] or None.
         slots: [rows], int64 on x's device; -1 is the base layer alone.
-        a: [slots, parts * rank, in]; b: [slots, out, rank]; of x's dtype.
+        a: [slots, parts * rank, in]; b: [slots, out, rank]; of x's dtype; any rank.
         scales: [slots, parts], float32. Output slice p of `parts` equal ones uses rows p * rank.. of a.
         backend: "auto" (Triton on CUDA and ROCm, torch elsewhere), "torch" or "triton".
+        token_weights: [rows, weights, tokens], float32, any strides; None: 1 everywhere.
+        groups: [slots, parts * rank], int32: the weight of each column, -1: none. Given with token_weights. What it
+            holds is on the device and is not checked: at least -1 and below the number of weights.
 
     Returns:
         [rows, tokens, out].
@@ -239,65 +222,53 @@ def multi_lora_linear(
     _check(x, slots, a, b, scales, weight.shape[0], backend)
     if weight.shape[1] != x.shape[2]:
         raise ValueError(f"weight must be [out, {x.shape[2]}] for x {tuple(x.shape)}, got {tuple(weight.shape)}")
-    _check_dtypes(x, weight=weight, bias=bias)
-    y: Tensor = _linear(x, weight, bias, slots, a, b, scales, backend)
+    check_dtypes(x, weight=weight, bias=bias)
+    if token_weights is not None or groups is not None:
+        check_weights(token_weights, groups, (x.shape[0], x.shape[1]), a)
+        weighted: Tensor = _linear(x, weight, bias, slots, a, b, scales, backend, token_weights, groups)
+        return weighted
+    y: Tensor = _linear(x, weight, bias, slots, a, b, scales, backend)  # the shorter call is the cheaper one
     return y
 
 
 def multi_lora_add_(
-    y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, backend: Backend = "auto"
+    y: Tensor,
+    x: Tensor,
+    slots: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    backend: Backend = "auto",
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """Add every row's low-rank update to y [rows, tokens, out] in place; arguments as in `multi_lora_linear`."""
     _check(x, slots, a, b, scales, y.shape[-1], backend)
     if y.shape[:2] != x.shape[:2]:
         raise ValueError(f"y must be [{x.shape[0]}, {x.shape[1]}, out] for x {tuple(x.shape)}, got {tuple(y.shape)}")
-    _check_dtypes(x, y=y)
-    _add(y, x, slots, a, b, scales, backend)
+    check_dtypes(x, y=y)
+    if token_weights is not None or groups is not None:
+        check_weights(token_weights, groups, (x.shape[0], x.shape[1]), a)
+        _add(y, x, slots, a, b, scales, backend, token_weights, groups)
+    else:
+        _add(y, x, slots, a, b, scales, backend)
     return y
 
 
-def multi_lora_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    slots: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scales: Tensor,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    backend: Backend = "auto",
-) -> Tensor:
-    """A convolution with one LoRA per row of the batch (LoCon: a k x k down, a 1x1 up).
-
-    Args:
-        x: [rows, in, height, width].
-        weight: [out, in, kh, kw]; bias: [out] or None.
-        slots: [rows], int64; -1 is the base layer alone.
-        a: [slots, rank, in, kh, kw]; b: [slots, out, rank]; scales: [slots, 1], float32.
-        stride, padding, dilation: as in torch.nn.functional.conv2d; groups are not supported.
-
-    Returns:
-        [rows, out, height', width'].
-
-    Raises:
-        ValueError: a shape or backend that does not fit; it names the argument.
-    """
-    check_backend(backend)
-    if x.ndim != 4:
-        raise ValueError(f"x must be [rows, in, height, width], got {tuple(x.shape)}")
-    if a.ndim != 5 or a.shape[2:] != weight.shape[1:]:
-        raise ValueError(f"a must be [slots, rank, {', '.join(map(str, weight.shape[1:]))}], got {tuple(a.shape)}")
-    if b.shape != (a.shape[0], weight.shape[0], a.shape[1]):
-        raise ValueError(f"b must be {(a.shape[0], weight.shape[0], a.shape[1])}, got {tuple(b.shape)}")
-    if slots.shape != (x.shape[0],):
-        raise ValueError(f"slots must be [{x.shape[0]}] for x {tuple(x.shape)}, got {tuple(slots.shape)}")
-    if scales.shape != (a.shape[0], 1):
-        raise ValueError(f"scales must be [slots, 1] = {(a.shape[0], 1)}, got {tuple(scales.shape)}")
-    _check_dtypes(x, slots, scales, weight=weight, bias=bias, a=a, b=b)
-    y: Tensor = _conv2d(x, weight, bias, slots, a, b, scales, stride, padding, dilation, backend)
-    return y
+def check_weights(token_weights: Tensor | None, groups: Tensor | None, places: tuple[int, int], a: Tensor) -> None:
+    """Raise ValueError unless both are given and fit `places`, rows and tokens, and a's slots and ranks."""
+    if token_weights is None or groups is None:
+        missing = "token_weights" if token_weights is None else "groups"
+        raise ValueError(f"token_weights and groups must be given together, got no {missing}")
+    rows, tokens = places
+    if token_weights.ndim != 3 or token_weights.shape[::2] != places or not token_weights.shape[1]:
+        raise ValueError(f"token_weights must be [{rows}, weights, {tokens}], got {tuple(token_weights.shape)}")
+    if groups.shape != a.shape[:2]:
+        raise ValueError(f"groups must be [slots, parts * rank] = {tuple(a.shape[:2])}, got {tuple(groups.shape)}")
+    if token_weights.dtype != torch.float32:
+        raise ValueError(f"token_weights must be float32, got {token_weights.dtype}")
+    if groups.dtype != torch.int32:
+        raise ValueError(f"groups must be int32, got {groups.dtype}")
 
 
 def _check(x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, out: int, backend: str) -> None:
@@ -318,12 +289,10 @@ def _check(x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, out: 
         )
     if scales.shape != (count, parts):
         raise ValueError(f"scales must be [slots, parts] = {(count, parts)}, got {tuple(scales.shape)}")
-    _check_dtypes(x, slots, scales, a=a, b=b)
+    check_dtypes(x, slots, scales, a=a, b=b)
 
 
-def _check_dtypes(
-    x: Tensor, slots: Tensor | None = None, scales: Tensor | None = None, **others: Tensor | None
-) -> None:
+def check_dtypes(x: Tensor, slots: Tensor | None = None, scales: Tensor | None = None, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.dtype != x.dtype:
             raise ValueError(f"{name} must be of x's dtype {x.dtype}, got {tensor.dtype}")

@@ -11,9 +11,18 @@ import functools
 from torch import Tensor
 
 from cmlora_kernels.launch import POINTER, Launch, arch_of
-from cmlora_kernels.multi_lora_linear import contiguous_strides, inner_contiguous
-from cmlora_kernels.primitives import expand_add, grouped_tile, load_2d
-from cmlora_kernels.tiles import Problem, add_tile, cdiv, dot_precision, expand_piece, rank_bucket
+from cmlora_kernels.multi_lora_linear import (
+    WEIGHTS_STRIDES,
+    contiguous_strides,
+    inner_contiguous,
+    part_rank,
+    weights_issued,
+    weights_once,
+    weights_pointers,
+    weights_strides,
+)
+from cmlora_kernels.primitives import expand_add, grouped_tile, load_2d, weigh
+from cmlora_kernels.tiles import Problem, add_tile, cdiv, dot_precision, expand_piece, rank_bucket, rank_chunks
 from cmlora_kernels.triton_shim import tl, triton
 
 
@@ -25,14 +34,17 @@ def add_kernel(
     a_ptr,  # [slots, parts * rank, inner]
     b_ptr,  # [slots, parts * out, rank]
     scales_ptr,  # [slots, parts]
+    groups_ptr,  # [slots, parts * part_rank] or None
+    weights_ptr,  # [rows, weights, tokens] or None
     tokens,
     inner,
     out,
-    rank,
+    rank,  # of this launch; A holds part_rank rows a part
     piece,  # columns of a part that one program expands
     x_row,
     x_token,
     x_inner,
+    part_rank,
     a_slot,
     a_rank,
     b_slot,
@@ -40,6 +52,9 @@ def add_kernel(
     y_row,
     y_token,
     y_out,
+    weights_row,
+    weights_group,
+    weights_token,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -61,7 +76,7 @@ def add_kernel(
     m, k, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     mask_m, mask_r = first_m + m < tokens, r < rank
     x_ptrs = x_ptr + row * x_row + first_m * x_token + (m[:, None] * x_token + k[None, :] * x_inner)  # [BM, BK]
-    a_ptrs = a_ptr + slot * a_slot + part * rank * a_rank + (r[None, :] * a_rank + k[:, None])  # [BK, BR]
+    a_ptrs = a_ptr + slot * a_slot + part * part_rank * a_rank + (r[None, :] * a_rank + k[:, None])  # [BK, BR]
     down = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, inner, BLOCK_K):
         mask_k = start + k < inner
@@ -71,6 +86,10 @@ def add_kernel(
         x_ptrs += BLOCK_K * x_inner
         a_ptrs += BLOCK_K
 
+    if weights_ptr is not None:
+        groups_ptr += (slot * PARTS + part) * part_rank
+        weights_ptr += row * weights_row + first_m * weights_token
+        down = weigh(down, groups_ptr, weights_ptr, m, mask_m, mask_r, weights_group, weights_token)
     scaled = (down * tl.load(scales_ptr + slot * PARTS + part)).to(b_ptr.dtype.element_ty)
     expand_add(
         scaled,
@@ -89,20 +108,30 @@ def add_kernel(
     )
 
 
+_X_STRIDES = ("x_row", "x_token", "x_inner", "part_rank", "a_slot", "a_rank", "b_slot", "b_out")
+_STRIDES = (*_X_STRIDES, "y_row", "y_token", "y_out", *WEIGHTS_STRIDES)
+
+
 @functools.lru_cache(maxsize=4096)
-def add_launch(problem: Problem, arch: str, strides: tuple[int, ...] = ()) -> Launch:
-    """The launch for one shape; `problem.bias` is not used.
+def add_launches(problem: Problem, arch: str, strides: tuple[int, ...] = ()) -> tuple[tuple[int, Launch], ...]:
+    """The first rank of every chunk and its launch; arguments as in `add_launch`."""
+    if not strides:
+        x_row, x_token, x_inner, _, *rest = contiguous_strides(problem)
+        strides = (x_row, x_token, x_inner, *rest)
+    chunks = rank_chunks(problem.rank, problem.dtype, arch)
+    return tuple((first, add_launch(problem._replace(rank=rank), arch, strides)) for first, rank in chunks)
+
+
+def add_launch(problem: Problem, arch: str, strides: tuple[int, ...]) -> Launch:
+    """The launch of one chunk of ranks; `problem.bias` is not used.
 
     Args:
         problem: sizes and dtype.
         arch: the target, e.g. "sm_90" or "gfx942".
-        strides: x (row, token, inner), a (slot, rank), b (slot, out), y (row, token, out); () for contiguous tensors.
+        strides: x (row, token, inner), ranks of a from part to part, a (slot, rank), b (slot, out), y (row, token,
+            out), token weights (row, group, token).
     """
     p, tile, out = problem, add_tile(problem, arch), problem.outer // problem.parts
-    if not strides:
-        x_row, x_token, x_inner, _, *rest = contiguous_strides(p)
-        strides = (x_row, x_token, x_inner, *rest)
-    names = ("x_row", "x_token", "x_inner", "a_slot", "a_rank", "b_slot", "b_out", "y_row", "y_token", "y_out")
     tiles_m = p.rows * cdiv(p.tokens, tile.block_m)
     piece = expand_piece(tiles_m * p.parts, out, tile.block_n, arch)
     pieces, pointer, size, m = cdiv(out, piece), POINTER[p.dtype], p.dtype.itemsize, p.rows * p.tokens
@@ -113,14 +142,14 @@ def add_launch(problem: Problem, arch: str, strides: tuple[int, ...] = ()) -> La
         kernel=add_kernel,
         name=f"add {p.describe()}",
         tensors={"y_ptr": pointer, "x_ptr": pointer}
-        | {"slots_ptr": "*i64", "a_ptr": pointer, "b_ptr": pointer, "scales_ptr": "*fp32"},
+        | {"slots_ptr": "*i64", "a_ptr": pointer, "b_ptr": pointer, "scales_ptr": "*fp32", **weights_pointers(p)},
         scalars={
             "tokens": p.tokens,
             "inner": p.inner,
             "out": out,
             "rank": p.rank,
             "piece": piece,
-            **dict(zip(names, strides, strict=True)),
+            **dict(zip(_STRIDES, strides, strict=True)),
         },
         constexprs={
             "PARTS": p.parts,
@@ -133,15 +162,36 @@ def add_launch(problem: Problem, arch: str, strides: tuple[int, ...] = ()) -> La
         grid=(tiles_m * p.parts * pieces, 1, 1),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        bytes=size * issued + 12 * tiles_m * p.parts * pieces,
-        unique_bytes=size * (m * (p.inner + 2 * p.outer) + p.adapters * lora) + 8 * p.rows + 4 * p.adapters * p.parts,
+        bytes=size * issued + 12 * tiles_m * p.parts * pieces + weights_issued(p, tiles_m, p.parts * pieces),
+        unique_bytes=size * (m * (p.inner + 2 * p.outer) + p.adapters * lora)
+        + (8 * p.rows + 4 * p.adapters * p.parts + weights_once(p)),
         flops=2 * m * p.rank * (p.inner * p.parts + p.outer),
     )
 
 
-def triton_add(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor) -> None:
-    """Run the kernel on y [rows, tokens, out]; x and y may have any strides."""
-    a, b = inner_contiguous(a), inner_contiguous(b)
-    strides = (*x.stride(), *a.stride()[:2], *b.stride()[:2], *y.stride())
-    launch = add_launch(Problem.of(x, slots, b, scales, bias=False), arch_of(x.device), strides)
-    launch(y, x, slots.contiguous(), a, b, scales.contiguous())
+def triton_add(
+    y: Tensor,
+    x: Tensor,
+    slots: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
+    done: int = 0,
+) -> None:
+    """Run the kernel on y [rows, tokens, out], once per chunk of ranks; x and y may have any strides.
+
+    `done` chunks are left out: 1 after `fused_linear`, which has the first one in it.
+    """
+    a, b, slots, scales = inner_contiguous(a), inner_contiguous(b), slots.contiguous(), scales.contiguous()
+    problem = Problem.of(x, slots, b, scales, bias=False, token_weights=token_weights)
+    lora = (part_rank(problem), *a.stride()[:2], *b.stride()[:2])
+    strides = (*x.stride(), *lora, *y.stride(), *weights_strides(token_weights))
+    groups = groups if groups is None else groups.contiguous()
+    for first, launch in add_launches(problem, arch_of(x.device), strides)[done:]:
+        if first:  # only where they start matters: strides and sizes are the launch's
+            own = groups if groups is None else groups[:, first:]
+            launch(y, x, slots, a[:, first:], b[:, :, first:], scales, own, token_weights)
+        else:
+            launch(y, x, slots, a, b, scales, groups, token_weights)

@@ -14,8 +14,16 @@ import torch
 from torch import Tensor
 
 from cmlora_kernels.launch import POINTER, Launch, arch_of
-from cmlora_kernels.primitives import expand_add, grouped_tile
-from cmlora_kernels.tiles import Problem, add_tile, cdiv, dot_precision, expand_piece, rank_bucket
+from cmlora_kernels.multi_lora_linear import (
+    NO_WEIGHTS,
+    part_rank,
+    weights_issued,
+    weights_once,
+    weights_pointers,
+    weights_strides,
+)
+from cmlora_kernels.primitives import expand_add, grouped_tile, weigh
+from cmlora_kernels.tiles import Problem, add_tile, cdiv, dot_precision, expand_piece, rank_bucket, rank_chunks
 from cmlora_kernels.triton_shim import tl, triton
 
 
@@ -27,18 +35,21 @@ def conv_add_kernel(
     a_ptr,  # [slots, rank, channels, taps]
     b_ptr,  # [slots, out, rank]
     scales_ptr,  # [slots, 1]
+    groups_ptr,  # [slots, slot_ranks] or None
+    weights_ptr,  # [rows, weights, pixels] or None
     pixels,
     out_width,
     channels,
     height,
     width,
     out,
-    rank,
+    rank,  # of this launch; a slot of A holds slot_ranks
     piece,
     x_row,
     x_channel,
     x_height,
     x_width,
+    slot_ranks,
     a_slot,
     a_rank,
     a_channel,
@@ -48,6 +59,9 @@ def conv_add_kernel(
     y_row,
     y_out,
     y_pixel,
+    weights_row,
+    weights_group,
+    weights_pixel,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -89,6 +103,10 @@ def conv_add_kernel(
         a = tl.load(a_ptrs, mask=mask_r[None, :] & (channel < channels)[:, None], other=0.0)
         down = tl.dot(x, a, down, input_precision=PRECISION)
 
+    if weights_ptr is not None:
+        groups_ptr += slot * slot_ranks
+        weights_ptr += row * weights_row + first_m * weights_pixel
+        down = weigh(down, groups_ptr, weights_ptr, m, mask_m, mask_r, weights_group, weights_pixel)
     scaled = (down * tl.load(scales_ptr + slot)).to(b_ptr.dtype.element_ty)
     expand_add(
         scaled,
@@ -108,7 +126,9 @@ def conv_add_kernel(
 
 
 _X_STRIDES = ("x_row", "x_channel", "x_height", "x_width")
-_STRIDES = (*_X_STRIDES, "a_slot", "a_rank", "a_channel", "a_tap", "b_slot", "b_out", "y_row", "y_out", "y_pixel")
+_A_STRIDES = ("slot_ranks", "a_slot", "a_rank", "a_channel", "a_tap")
+_Y_STRIDES = ("y_row", "y_out", "y_pixel", "weights_row", "weights_group", "weights_pixel")
+_STRIDES = (*_X_STRIDES, *_A_STRIDES, "b_slot", "b_out", *_Y_STRIDES)
 
 
 class ConvProblem(NamedTuple):
@@ -126,6 +146,7 @@ class ConvProblem(NamedTuple):
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...] = (1, 1)
+    weights: int = 0
 
     def out_size(self) -> tuple[int, int]:
         """Height and width of the output."""
@@ -140,21 +161,28 @@ class ConvProblem(NamedTuple):
     def as_linear(self) -> Problem:
         """The linear layer over pixels with the same outputs, for tiles; its inner size counts one tap."""
         height, width = self.out_size()
-        return Problem(
-            self.rows, height * width, self.channels, self.out, self.rank, 1, self.adapters, self.dtype, False
-        )
+        sizes = (self.rows, height * width, self.channels, self.out, self.rank)
+        return Problem(*sizes, 1, self.adapters, self.dtype, False, self.weights)
 
 
 @functools.lru_cache(maxsize=4096)
-def conv_add_launch(problem: ConvProblem, arch: str, strides: tuple[int, ...] = ()) -> Launch:
-    """The launch for one shape.
+def conv_add_launches(problem: ConvProblem, arch: str, strides: tuple[int, ...] = ()) -> tuple[tuple[int, Launch], ...]:
+    """The first rank of every chunk and its launch.
 
     Args:
         problem: sizes and dtype.
         arch: the target, e.g. "sm_90" or "gfx942".
-        strides: x (row, channel, height, width), a (slot, rank, channel, tap), b (slot, out), y (row, out, pixel), in
-            elements; () for channels-last x, a and y, where 16-byte accesses are possible at every tap.
+        strides: x (row, channel, height, width), ranks of a slot, a (slot, rank, channel, tap), b (slot, out), y (row,
+            out, pixel), token weights (row, group, pixel), in elements; () for channels-last x, a and y, where 16-byte
+            accesses are possible at every tap.
     """
+    strides = strides or _channels_last_strides(problem)
+    chunks = rank_chunks(problem.rank, problem.dtype, arch)
+    return tuple((first, conv_add_launch(problem._replace(rank=rank), arch, strides)) for first, rank in chunks)
+
+
+def conv_add_launch(problem: ConvProblem, arch: str, strides: tuple[int, ...]) -> Launch:
+    """The launch of one chunk of ranks; arguments as in `conv_add_launches`."""
     p, linear = problem, problem.as_linear()
     tile, (height, width) = add_tile(linear, arch), p.out_size()
     pixels, pointer = height * width, POINTER[p.dtype]
@@ -166,7 +194,7 @@ def conv_add_launch(problem: ConvProblem, arch: str, strides: tuple[int, ...] = 
         kernel=conv_add_kernel,
         name=f"conv{p.kernel[0]}x{p.kernel[1]} {linear.describe()}",
         tensors={"y_ptr": pointer, "x_ptr": pointer}
-        | {"slots_ptr": "*i64", "a_ptr": pointer, "b_ptr": pointer, "scales_ptr": "*fp32"},
+        | {"slots_ptr": "*i64", "a_ptr": pointer, "b_ptr": pointer, "scales_ptr": "*fp32", **weights_pointers(linear)},
         scalars={
             "pixels": pixels,
             "out_width": width,
@@ -176,7 +204,7 @@ def conv_add_launch(problem: ConvProblem, arch: str, strides: tuple[int, ...] = 
             "out": p.out,
             "rank": p.rank,
             "piece": piece,
-            **dict(zip(_STRIDES, strides or _channels_last_strides(p), strict=True)),
+            **dict(zip(_STRIDES, strides, strict=True)),
         },
         constexprs={
             **_geometry(p),
@@ -188,8 +216,8 @@ def conv_add_launch(problem: ConvProblem, arch: str, strides: tuple[int, ...] = 
         grid=(tiles_m * cdiv(p.out, piece), 1, 1),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        bytes=size * issued + 12 * tiles_m * cdiv(p.out, piece),
-        unique_bytes=size * once + 8 * p.rows + 4 * p.adapters,
+        bytes=size * issued + 12 * tiles_m * cdiv(p.out, piece) + weights_issued(linear, tiles_m, cdiv(p.out, piece)),
+        unique_bytes=size * once + 8 * p.rows + 4 * p.adapters + weights_once(linear),
         flops=flops,
     )
 
@@ -219,8 +247,9 @@ def _inside(p: ConvProblem, axis: int, outputs: int) -> int:
 def _channels_last_strides(p: ConvProblem) -> tuple[int, ...]:
     (height, width), taps = p.out_size(), p.kernel[0] * p.kernel[1]
     x = (p.height * p.width * p.channels, 1, p.width * p.channels, p.channels)
-    a = (p.rank * p.channels * taps, p.channels * taps, 1, p.channels)
-    return (*x, *a, p.out * p.rank, p.rank, height * width * p.out, 1, p.out)
+    a = (part_rank(p.as_linear()), p.rank * p.channels * taps, p.channels * taps, 1, p.channels)
+    weights = (p.weights * height * width, height * width, 1) if p.weights else NO_WEIGHTS
+    return (*x, *a, p.out * p.rank, p.rank, height * width * p.out, 1, p.out, *weights)
 
 
 def triton_conv_add(
@@ -231,21 +260,29 @@ def triton_conv_add(
     b: Tensor,
     scales: Tensor,
     geometry: tuple[int, ...],
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
-    """Run the kernel on y [rows, out, height', width'], dense in either memory format; returns y.
+    """Run the kernel, once per chunk of ranks, on y [rows, out, height', width'] whose pixels are one dimension.
 
-    `geometry` is stride, padding and dilation, two numbers each.
+    `geometry` is stride, padding and dilation, two numbers each; `token_weights` [rows, weights, pixels].
     """
     rows, channels, height, width = x.shape
     adapters, rank, _, kernel_h, kernel_w = a.shape
     if a.stride(3) != kernel_w * a.stride(4):
         a = a.contiguous()  # taps must be one dimension
     b = b if b.stride(2) == 1 or rank == 1 else b.contiguous()
-    kernel, stride, padding, dilation = (kernel_h, kernel_w), geometry[0:2], geometry[2:4], geometry[4:6]
-    problem = ConvProblem(
-        rows, channels, height, width, y.shape[1], rank, adapters, x.dtype, kernel, stride, padding, dilation
-    )
-    strides = (*x.stride(), *a.stride()[:3], a.stride(4), *b.stride()[:2], y.stride(0), y.stride(1), y.stride(3))
-    launch = conv_add_launch(problem, arch_of(x.device), strides)
-    launch(y, x, slots.contiguous(), a, b, scales.contiguous())
+    weights = 0 if token_weights is None else token_weights.shape[1]
+    sizes = (rows, channels, height, width, y.shape[1], rank, adapters, x.dtype, (kernel_h, kernel_w))
+    problem = ConvProblem(*sizes, geometry[0:2], geometry[2:4], geometry[4:6], weights)
+    lora = (rank if weights else 1, *a.stride()[:3], a.stride(4), *b.stride()[:2])
+    strides = (*x.stride(), *lora, y.stride(0), y.stride(1), y.stride(3), *weights_strides(token_weights))
+    slots, scales = slots.contiguous(), scales.contiguous()
+    groups = groups if groups is None else groups.contiguous()
+    for first, launch in conv_add_launches(problem, arch_of(x.device), strides):
+        if first:  # only where they start matters: strides and sizes are the launch's
+            own = groups if groups is None else groups[:, first:]
+            launch(y, x, slots, a[:, first:], b[:, :, first:], scales, own, token_weights)
+        else:
+            launch(y, x, slots, a, b, scales, groups, token_weights)
     return y

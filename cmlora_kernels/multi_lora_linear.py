@@ -10,8 +10,8 @@ import functools
 from torch import Tensor
 
 from cmlora_kernels.launch import POINTER, Launch, arch_of
-from cmlora_kernels.primitives import grouped_tile, load_2d
-from cmlora_kernels.tiles import Problem, cdiv, dot_precision, linear_tile, rank_bucket
+from cmlora_kernels.primitives import grouped_tile, load_2d, weigh
+from cmlora_kernels.tiles import Problem, cdiv, dot_precision, linear_tile, rank_bucket, rank_chunks
 from cmlora_kernels.triton_shim import tl, triton
 
 
@@ -25,14 +25,17 @@ def linear_kernel(
     b_ptr,  # [slots, parts * out, rank]
     scales_ptr,  # [slots, parts]
     y_ptr,  # [rows, tokens, parts * out]
+    groups_ptr,  # [slots, parts * part_rank] or None
+    weights_ptr,  # [rows, weights, tokens] or None
     tokens,
     inner,
     out,
-    rank,
+    rank,  # of this launch; A holds part_rank rows a part
     x_row,
     x_token,
     x_inner,
     w_out,
+    part_rank,
     a_slot,
     a_rank,
     b_slot,
@@ -40,6 +43,9 @@ def linear_kernel(
     y_row,
     y_token,
     y_out,
+    weights_row,
+    weights_group,
+    weights_token,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -65,7 +71,7 @@ def linear_kernel(
     column = part * out + first_n
     x_ptrs = x_ptr + row * x_row + first_m * x_token + (m[:, None] * x_token + k[None, :] * x_inner)  # [BM, BK]
     w_ptrs = w_ptr + column * w_out + (n[None, :] * w_out + k[:, None])  # [BK, BN]
-    a_ptrs = a_ptr + slot * a_slot + part * rank * a_rank + (r[None, :] * a_rank + k[:, None])  # [BK, BR]
+    a_ptrs = a_ptr + slot * a_slot + part * part_rank * a_rank + (r[None, :] * a_rank + k[:, None])  # [BK, BR]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     down = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -80,6 +86,10 @@ def linear_kernel(
         w_ptrs += BLOCK_K
         a_ptrs += BLOCK_K
 
+    if weights_ptr is not None:
+        groups_ptr += (slot * PARTS + part) * part_rank
+        weights_ptr += row * weights_row + first_m * weights_token
+        down = weigh(down, groups_ptr, weights_ptr, m, mask_m, mask_r, weights_group, weights_token)
     b_ptrs = b_ptr + slot * b_slot + column * b_out + (n[None, :] * b_out + r[:, None])  # [BR, BN]
     b = tl.load(b_ptrs, mask=mask_n[None, :] & mask_r[:, None], other=0.0)
     scaled = (down * tl.load(scales_ptr + slot * PARTS + part)).to(b.dtype)
@@ -90,20 +100,24 @@ def linear_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-_STRIDES = ("x_row", "x_token", "x_inner", "w_out", "a_slot", "a_rank", "b_slot", "b_out", "y_row", "y_token", "y_out")
+WEIGHTS_STRIDES = ("weights_row", "weights_group", "weights_token")
+_X_STRIDES = ("x_row", "x_token", "x_inner", "w_out", "part_rank", "a_slot", "a_rank", "b_slot", "b_out")
+_STRIDES = (*_X_STRIDES, "y_row", "y_token", "y_out", *WEIGHTS_STRIDES)
 
 
 @functools.lru_cache(maxsize=4096)
 def linear_launch(problem: Problem, arch: str, strides: tuple[int, ...] = ()) -> Launch:
-    """The launch for one shape.
+    """The launch for one shape; of a rank that takes several chunks, for the first of them.
 
     Args:
         problem: sizes and dtype.
         arch: the target, e.g. "sm_90" or "gfx942".
-        strides: x (row, token, inner), weight (out), a (slot, rank), b (slot, out), y (row, token, out), in elements;
-            () for contiguous tensors.
+        strides: x (row, token, inner), weight (out), ranks of a from part to part, a (slot, rank), b (slot, out),
+            y (row, token, out), token weights (row, group, token), in elements; () for contiguous tensors.
     """
-    p, rank = problem, rank_bucket(problem.rank)
+    strides = strides or contiguous_strides(problem)
+    p = problem._replace(rank=rank_chunks(problem.rank, problem.dtype, arch)[0][1])
+    rank = rank_bucket(p.rank)
     tile, out, size = linear_tile(p, arch), p.outer // p.parts, p.dtype.itemsize
     tiles_m, tiles_n = p.rows * cdiv(p.tokens, tile.block_m), p.parts * cdiv(out, tile.block_n)
     pointer = POINTER[p.dtype]
@@ -113,13 +127,13 @@ def linear_launch(problem: Problem, arch: str, strides: tuple[int, ...] = ()) ->
         name=f"linear {p.describe()}",
         tensors={"x_ptr": pointer, "w_ptr": pointer}
         | {"bias_ptr": pointer if p.bias else None, "slots_ptr": "*i64", "a_ptr": pointer, "b_ptr": pointer}
-        | {"scales_ptr": "*fp32", "y_ptr": pointer},
+        | {"scales_ptr": "*fp32", "y_ptr": pointer, **weights_pointers(p)},
         scalars={
             "tokens": p.tokens,
             "inner": p.inner,
             "out": out,
             "rank": p.rank,
-            **dict(zip(_STRIDES, strides or contiguous_strides(p), strict=True)),
+            **dict(zip(_STRIDES, strides, strict=True)),
         },
         constexprs={
             "PARTS": p.parts,
@@ -132,8 +146,8 @@ def linear_launch(problem: Problem, arch: str, strides: tuple[int, ...] = ()) ->
         grid=(tiles_m * tiles_n, 1, 1),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        bytes=size * issued + 12 * tiles_m * tiles_n,
-        unique_bytes=size * once + 8 * p.rows + 4 * p.adapters * p.parts,
+        bytes=size * issued + 12 * tiles_m * tiles_n + weights_issued(p, tiles_m, tiles_n),
+        unique_bytes=size * once + 8 * p.rows + 4 * p.adapters * p.parts + weights_once(p),
         flops=flops,
     )
 
@@ -152,23 +166,67 @@ def _counts(p: Problem, tiles_m: int, tiles_n: int, out: int) -> tuple[int, int,
 
 def contiguous_strides(p: Problem) -> tuple[int, ...]:
     """The strides of `linear_launch` for contiguous tensors."""
-    x = (p.tokens * p.inner, p.inner, 1)
-    a = (p.parts * p.rank * p.inner, p.inner)
-    return (*x, p.inner, *a, p.outer * p.rank, p.rank, p.tokens * p.outer, p.outer, 1)
+    x, y = (p.tokens * p.inner, p.inner, 1), (p.tokens * p.outer, p.outer, 1)
+    a = (part_rank(p), p.parts * p.rank * p.inner, p.inner)
+    weights = (p.weights * p.tokens, p.tokens, 1) if p.weights else NO_WEIGHTS
+    return (*x, p.inner, *a, p.outer * p.rank, p.rank, *y, *weights)
+
+
+NO_WEIGHTS = (1, 1, 1)
+"""Strides of absent token weights: a 1 is a constant to the compiler and no argument of the launch."""
+
+
+def part_rank(p: Problem) -> int:
+    """Ranks of A from one part to the next; a constant where the kernel does not ask."""
+    return p.rank if p.parts > 1 or p.weights else 1
+
+
+def weights_pointers(p: Problem) -> dict[str, str | None]:
+    """The pointer parameters of token weights."""
+    return {"groups_ptr": "*i32", "weights_ptr": "*fp32"} if p.weights else {"groups_ptr": None, "weights_ptr": None}
+
+
+def weights_issued(p: Problem, tiles_m: int, tiles_n: int) -> int:
+    """Bytes of token weights and groups that `tiles_n` programs per tile of tokens load, no group being -1."""
+    return 4 * p.rank * tiles_n * (p.rows * p.tokens + tiles_m) if p.weights else 0
+
+
+def weights_once(p: Problem) -> int:
+    """Bytes of token weights and groups, every element once."""
+    return 4 * (p.rows * p.weights * p.tokens + p.adapters * p.parts * p.rank) if p.weights else 0
 
 
 def fused_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, y: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slots: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    y: Tensor,
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
-    """Run the kernel into y; x [rows, tokens, in] and y [rows, tokens, out] may have any strides."""
+    """Run the kernel into y; x [rows, tokens, in] and y [rows, tokens, out] may have any strides.
+
+    Of a rank that takes several chunks the first is inside; `triton_add(..., done=1)` adds the others.
+    """
     weight, a, b = inner_contiguous(weight), inner_contiguous(a), inner_contiguous(b)
     bias = bias if bias is None else bias.contiguous()
-    problem = Problem.of(x, slots, b, scales, bias is not None)
-    strides = (*x.stride(), weight.stride(0), *a.stride()[:2], *b.stride()[:2], *y.stride())
+    problem = Problem.of(x, slots, b, scales, bias is not None, token_weights)
+    lora = (weight.stride(0), part_rank(problem), *a.stride()[:2], *b.stride()[:2])
+    strides = (*x.stride(), *lora, *y.stride(), *weights_strides(token_weights))
+    groups = groups if groups is None else groups.contiguous()
     linear_launch(problem, arch_of(x.device), strides)(
-        x, weight, bias, slots.contiguous(), a, b, scales.contiguous(), y
+        x, weight, bias, slots.contiguous(), a, b, scales.contiguous(), y, groups, token_weights
     )
     return y
+
+
+def weights_strides(token_weights: Tensor | None) -> tuple[int, ...]:
+    """As a launch wants them."""
+    return NO_WEIGHTS if token_weights is None else token_weights.stride()
 
 
 def inner_contiguous(tensor: Tensor) -> Tensor:

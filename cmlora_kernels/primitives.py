@@ -25,6 +25,23 @@ def load_2d(ptrs, mask_m, mask_k, EVEN_K: tl.constexpr):
 
 
 @triton.jit
+def weigh(
+    down,  # [BM, BR]
+    groups_ptr,  # at this slot and part, int32
+    weights_ptr,  # at this row, float32
+    token,  # [BM]
+    mask_m,  # [BM]
+    mask_r,  # [BR]
+    w_group,
+    w_token,
+):
+    """Every column of `down` times its group's weight at each token; a group of -1 leaves its column as it is."""
+    group = tl.load(groups_ptr + tl.arange(0, down.shape[1]), mask=mask_r, other=-1)
+    ptrs = weights_ptr + token[:, None] * w_token + group[None, :] * w_group
+    return down * tl.load(ptrs, mask=mask_m[:, None] & (group >= 0)[None, :], other=1.0)
+
+
+@triton.jit
 def expand_add(
     scaled,  # [BM, BR], in the dtype of B
     b_ptr,  # at this slot and part

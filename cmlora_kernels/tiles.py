@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_RANK = 128  # a wider update costs more than half of a 128-wide tile; it runs as its definition
 RANK_BUCKETS = (16, 32, 64, 128)  # 16 is the least K of an fp16 dot; above, powers of two
 
 
 class Problem(NamedTuple):
     """Sizes of one multi-LoRA linear layer; a plain tuple, since every call makes one as a cache key.
 
-    `outer` spans all parts; `adapters` is the number of slots; `rank` is one part's.
+    `outer` spans all parts; `adapters` is the number of slots; `rank` is one part's; `weights` counts the token weights
+    that multiply the columns of x A^T, 0 without.
     """
 
     rows: int
@@ -32,17 +32,21 @@ class Problem(NamedTuple):
     adapters: int
     dtype: torch.dtype
     bias: bool
+    weights: int = 0
 
     @staticmethod
-    def of(x: Tensor, slots: Tensor, b: Tensor, scales: Tensor, bias: bool) -> Problem:
+    def of(
+        x: Tensor, slots: Tensor, b: Tensor, scales: Tensor, bias: bool, token_weights: Tensor | None = None
+    ) -> Problem:
         """The problem that these tensors pose; shapes as in `multi_lora_linear`."""
         (rows, tokens, inner), (adapters, outer, rank) = x.shape, b.shape
-        return Problem(rows, tokens, inner, outer, rank, scales.shape[1], adapters, x.dtype, bias)
+        weights = 0 if token_weights is None else token_weights.shape[1]
+        return Problem(rows, tokens, inner, outer, rank, scales.shape[1], adapters, x.dtype, bias, weights)
 
     def describe(self) -> str:
         """For tables: "10x4096x320->960/3 r16 float16"."""
         parts = f"/{self.parts}" if self.parts > 1 else ""
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = str(self.dtype).removeprefix("torch.") + (f" weights {self.weights}" if self.weights else "")
         return f"{self.rows}x{self.tokens}x{self.inner}->{self.outer}{parts} r{self.rank} {dtype}"
 
 
@@ -108,7 +112,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def rank_bucket(rank: int) -> int:
-    """The padded rank; ranks above MAX_RANK have none."""
+    """The padded rank of one chunk."""
     return next(bucket for bucket in RANK_BUCKETS if rank <= bucket)
 
 
@@ -144,11 +148,19 @@ _LINEAR: dict[tuple[str, bool], dict[int, tuple[int, int, int, int]]] = {
 }
 
 
-def supports(rank: int, dtype: torch.dtype, arch: str) -> bool:
+def supports(rank: int, dtype: torch.dtype) -> bool:
     """Whether the kernels serve this rank and dtype; what they do not serve runs as its definition."""
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32) or not 0 < rank <= MAX_RANK:
-        return False
-    return rank_bucket(rank) in _LINEAR[family(arch), dtype.itemsize == 2]
+    return rank > 0 and dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
+@functools.lru_cache(maxsize=4096)
+def rank_chunks(rank: int, dtype: torch.dtype, arch: str) -> tuple[tuple[int, int], ...]:
+    """First rank and ranks of each launch: a wider update costs more than half of a 128-wide tile, or spills.
+
+    The widest tiles first, so that only the last chunk is padded.
+    """
+    widest = max(_LINEAR[family(arch), dtype.itemsize == 2])
+    return tuple((first, min(widest, rank - first)) for first in range(0, rank, widest))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -248,7 +260,8 @@ class Cost:
 
     Attributes:
         strategy: "fused" (base GEMM and update in one kernel), "add" (cuBLAS, then y += update), "merged" (W + dW), or
-            "definition" (cuBLAS and two batched GEMMs) for ranks that no kernel serves.
+            "definition" (cuBLAS and two batched GEMMs) for dtypes that no kernel serves. What a rank
+            has beyond one chunk is added by further launches.
         memory: bytes that the strategy keeps beside the model and the adapters.
     """
 
@@ -283,7 +296,7 @@ def costs(p: Problem, arch: str) -> tuple[Cost, ...]:
         base_flops,
         size * (p.adapters + 1) * weight,  # the bank holds the base weight too
     )
-    if not supports(p.rank, p.dtype, arch):
+    if not supports(p.rank, p.dtype):
         down = m * p.rank * p.parts
         shrink = (2.0 * down * p.inner, x + down + weights * update, blas)
         expand = (2.0 * m * p.rank * p.outer, down + 2 * y, blas)
@@ -291,12 +304,25 @@ def costs(p: Problem, arch: str) -> tuple[Cost, ...]:
             "definition", [(base_flops, x + y + weight, blas), shrink, expand], base_flops + 2 * m * update
         )
         return tuple(sorted((definition, merged), key=lambda option: option.seconds))
-    lora, rank, block_m = weights * update, rank_bucket(p.rank), add_tile(p, arch).block_m
-    add_work = 2 * p.rows * cdiv(p.tokens, block_m) * block_m * rank * (p.inner * p.parts + p.outer)
+    chunks = [p._replace(rank=rank) for _, rank in rank_chunks(p.rank, p.dtype, arch)]
+    adds = [(_add_flops(c, arch), x + 2 * y + _lora(c), triton) for c in chunks]
+    inside = (_padded_flops(chunks[0], arch, rank_bucket(chunks[0].rank)), x + y + weight + _lora(chunks[0]), triton)
     flops = base_flops + 2 * m * update
-    fused = cost("fused", [(_padded_flops(p, arch, rank), x + y + weight + lora, triton)], flops)
-    add = cost("add", [(base_flops, x + y + weight, blas), (add_work, x + 2 * y + lora, triton)], flops)
+    fused = cost("fused", [inside, *adds[1:]], flops)
+    add = cost("add", [(base_flops, x + y + weight, blas), *adds], flops)
     return tuple(sorted((fused, add, merged), key=lambda option: option.seconds))
+
+
+def _lora(p: Problem) -> int:
+    """Elements of A and B that the rows name, and the token weights, counted in elements of x."""
+    token_weights = 4 * p.rows * p.tokens * p.weights // p.dtype.itemsize
+    return min(p.rows, p.adapters) * p.rank * (p.inner * p.parts + p.outer) + token_weights
+
+
+def _add_flops(p: Problem, arch: str) -> int:
+    """As `_padded_flops`, of the update added in place."""
+    block_m = add_tile(p, arch).block_m
+    return 2 * p.rows * cdiv(p.tokens, block_m) * block_m * rank_bucket(p.rank) * (p.inner * p.parts + p.outer)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -17,15 +17,16 @@ from cmlora_kernels.dominant import select_launch
 from cmlora_kernels.feature_bank import gather_concat_launch, scatter_launch
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.merged_bank import merged_launch
-from cmlora_kernels.multi_lora_add import add_launch
-from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launch
-from cmlora_kernels.multi_lora_linear import linear_launch
+from cmlora_kernels.multi_lora_add import add_launches
+from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
+from cmlora_kernels.multi_lora_linear import NO_WEIGHTS, linear_launch, part_rank
 from cmlora_kernels.spectrum import finish_launch, spectrum_launch
 from cmlora_kernels.tiles import Problem, choose, supports
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ADAPTERS = (2, 3, 4, 5)
 RANKS = (16, 32, 64, 128)  # the buckets; a rank between two runs the upper one's tile
+ROUTED = ((80, 5), (256, 2))  # ranks of all adapters together and token weights: 5 of 16, and 2 of 128 in chunks
 PROMPT_TOKENS = 77
 TIME_CHANNELS = 1280
 
@@ -165,39 +166,77 @@ def launches(unet: UNet, dtype: torch.dtype, arch: str, ranks: tuple[int, ...]) 
     for adapters in ADAPTERS:
         for rows in (2, 2 * adapters):
             for rank in ranks:
-                if supports(rank, dtype, arch):
-                    yield from _lora_launches(unet, rows, adapters, rank, dtype, arch)
+                if supports(rank, dtype):
+                    yield from _lora_launches(unet, Lora(rows, adapters, rank, dtype), arch)
         yield from _step_launches(unet, adapters, dtype, arch)
+    for rank, weights in ROUTED:
+        yield from _lora_launches(unet, Lora(2, 1, rank, dtype, weights), arch)
 
 
-def _lora_launches(unet: UNet, rows: int, adapters: int, rank: int, dtype: torch.dtype, arch: str) -> Iterator[Launch]:
+class Lora(NamedTuple):
+    """What the rows of a batch carry: `adapters` slots of `rank` ranks, with token weights or 0."""
+
+    rows: int
+    adapters: int
+    rank: int
+    dtype: torch.dtype
+    weights: int = 0
+
+
+def _lora_launches(unet: UNet, lora: Lora, arch: str) -> Iterator[Launch]:
+    rows, adapters, rank, dtype, weights = lora
     for layer in linear_layers(unet):
         tokens, inner, outer, bias, parts = layer
-        problem = Problem(rows, tokens, inner, outer, rank, parts, adapters, dtype, bias)
-        fused = choose(problem, arch).strategy == "fused"
-        yield (linear_launch if fused else add_launch)(problem, arch)
-        if parts == 1:
+        problem = Problem(rows, tokens, inner, outer, rank, parts, adapters, dtype, bias, weights)
+        yield from _linear_launches(problem, arch)
+        if parts == 1 and not weights:
             yield merged_launch(problem, arch)
     for conv in conv_layers(unet):
-        yield conv_launch(conv, rows, adapters, rank, dtype, arch)
+        yield from conv_launches(conv, lora, arch)
 
 
-def conv_launch(conv: Conv, rows: int, adapters: int, rank: int, dtype: torch.dtype, arch: str) -> Launch:
-    """The launch of one convolution on contiguous (NCHW) images, as a pipeline has them unless told otherwise."""
+def _linear_launches(problem: Problem, arch: str) -> Iterator[Launch]:
+    adds = [launch for _, launch in add_launches(problem, arch)]
+    if choose(problem, arch).strategy == "fused":
+        yield linear_launch(problem, arch)
+        adds = adds[1:]
+    yield from adds
+
+
+def conv_launches(conv: Conv, lora: Lora, arch: str) -> Iterator[Launch]:
+    """The launches of one convolution on contiguous (NCHW) images, as a pipeline has them unless told otherwise."""
+    rows, adapters, rank, dtype, weights = lora
     size, channels, outer, kernel, stride = conv
     pixels, taps = (size // stride) ** 2, kernel * kernel
+    masks = (weights * pixels, pixels, 1) if weights else NO_WEIGHTS
     if kernel == 1:
-        problem = Problem(rows, pixels, channels, outer, rank, 1, adapters, dtype, True)
+        problem = Problem(rows, pixels, channels, outer, rank, 1, adapters, dtype, True, weights)
         if choose(problem, arch).strategy == "fused":
             tokens, y = (channels * pixels, 1, pixels), (outer * pixels, 1, pixels)
-            return linear_launch(problem, arch, (*tokens, channels, rank * channels, channels, outer * rank, rank, *y))
+            updates = (part_rank(problem), rank * channels, channels, outer * rank, rank, *y, *masks)
+            yield linear_launch(problem, arch, (*tokens, channels, *updates))
+            yield from (launch for _, launch in add_launches(problem, arch, (*tokens, *updates))[1:])
+            return
     pair = (kernel // 2, kernel // 2)
     convolution = ConvProblem(
-        rows, channels, size, size, outer, rank, adapters, dtype, (kernel, kernel), (stride, stride), pair
+        rows,
+        channels,
+        size,
+        size,
+        outer,
+        rank,
+        adapters,
+        dtype,
+        (kernel, kernel),
+        (stride, stride),
+        pair,
+        (1, 1),
+        weights,
     )
     x = (channels * size * size, size * size, size, 1)
     a = (rank * channels * taps, channels * taps, 1, channels)  # channels innermost, as the adapter lays them
-    return conv_add_launch(convolution, arch, (*x, *a, outer * rank, rank, outer * pixels, pixels, 1))
+    strides = (*x, part_rank(convolution.as_linear()), *a, outer * rank, rank, outer * pixels, pixels, 1, *masks)
+    yield from (launch for _, launch in conv_add_launches(convolution, arch, strides))
 
 
 def _step_launches(unet: UNet, adapters: int, dtype: torch.dtype, arch: str) -> Iterator[Launch]:

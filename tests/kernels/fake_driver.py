@@ -115,8 +115,24 @@ def lora() -> None:
         a, b, scales = empty(5, 16, 320, k, k), empty(5, 320, 16), torch.ones(5, 1)
         weight, padding = empty(320, 320, k, k), (k // 2, k // 2)
         ck.multi_lora_conv2d(images, weight, None, slots, a, b, scales, padding=padding, backend="triton")
+        ck.multi_lora_conv2d_add_(images.clone(), images, slots, a, b, scales, padding=padding, backend="triton")
+
+
+def routed() -> None:
+    """Layers of a routed step: five adapters' ranks in one slot, then two of rank 128, which take two chunks."""
+    slots, scales = torch.tensor([0, 0]), torch.ones(1, 1)
+    for rank, weights in ((80, 5), (256, 2)):
+        a, b, groups = empty(1, rank, 320), empty(1, 320, rank), torch.zeros(1, rank, dtype=torch.int32)
+        masks = torch.ones(1, weights, 64).expand(2, -1, -1)
+        x, weight = empty(2, 64, 320), empty(320, 320)
+        ck.multi_lora_linear(x, weight, None, slots, a, b, scales, "triton", token_weights=masks, groups=groups)
+        ck.multi_lora_add_(x.clone(), x, slots, a, b, scales, "triton", token_weights=masks, groups=groups)
+        images, a = empty(2, 320, 8, 8), empty(1, rank, 320, 3, 3)
+        weighted = {"token_weights": masks, "groups": groups, "padding": (1, 1), "backend": "triton"}
+        ck.multi_lora_conv2d_add_(images.clone(), images, slots, a, b, scales, **weighted)
 
 
 if __name__ == "__main__":
     install()
     step()
+    routed()

@@ -34,19 +34,27 @@ SHOWN = (
 
 
 def representatives(target: str) -> list[Variant]:
-    """Of each kernel and dtype the variant that moves most; the copying kernels in fp16 on one target per vendor.
+    """Of each kernel and dtype the variant that moves most, with token weights and without; the copying kernels in fp16
+    on one target per vendor.
 
     And the smallest linear layer in float32, whose tile of 16 tokens was the last one found to spill.
     """
-    most: dict[tuple[str, str], Variant] = {}
+    most: dict[tuple[str, str, bool], Variant] = {}
     known = variants(target, ranks=(16,))
     for variant in known:
         key = (variant.launch.kernel.__name__, str(variant.dtype).removeprefix("torch."))
+        routed = (*key, is_weighted(variant))
         wanted = key in EVERYWHERE or (target in ("sm_90", "gfx942") and key[1] == "float16")
-        if wanted and (key not in most or variant.launch.bytes > most[key].launch.bytes):
-            most[key] = variant
-    small = [v for v in known if v.launch.kernel.__name__ == "linear_kernel" and v.dtype == torch.float32]
+        if wanted and (routed not in most or variant.launch.bytes > most[routed].launch.bytes):
+            most[routed] = variant
+    linear = [v for v in known if v.launch.kernel.__name__ == "linear_kernel" and v.dtype == torch.float32]
+    small = [v for v in linear if not is_weighted(v)]
     return [*most.values(), min(small, key=lambda v: (v.launch.constexprs["BLOCK_M"], v.launch.bytes))]
+
+
+def is_weighted(variant: Variant) -> bool:
+    """Whether a multi-LoRA launch has token weights."""
+    return variant.launch.tensors.get("weights_ptr") is not None
 
 
 def main(targets: list[str]) -> None:

@@ -20,6 +20,7 @@ from cmlora_kernels import (
     merged_linear,
     multi_lora_add_,
     multi_lora_conv2d,
+    multi_lora_conv2d_add_,
     multi_lora_linear,
     radial_profile,
     scatter_rows,
@@ -131,6 +132,19 @@ def _run_multi_lora() -> None:
     images, kernel = torch.randn(3, 16, 9, 10), torch.randn(24, 16, 3, 3)
     down, up = torch.randn(2, 4, 16, 3, 3), torch.randn(2, 24, 4)
     multi_lora_conv2d(images, kernel, None, slots, down, up, scales, padding=(1, 1), backend="triton")
+    _run_weighted_multi_lora(slots, scales)
+
+
+def _run_weighted_multi_lora(slots: torch.Tensor, scales: torch.Tensor) -> None:
+    """Token weights, and a rank in two chunks."""
+    for rank in (8, 136):
+        x, a, b = torch.randn(3, 77, 80), torch.randn(2, rank, 80), torch.randn(2, 96, rank)
+        routed = {"token_weights": torch.rand(3, 4, 77), "groups": torch.zeros(2, rank, dtype=torch.int32)}
+        multi_lora_linear(x, torch.randn(96, 80), None, slots, a, b, scales, backend="triton", **routed)
+        multi_lora_add_(torch.randn(3, 77, 96), x, slots, a, b, scales, backend="triton", **routed)
+        images, down, y = torch.randn(3, 16, 9, 10), torch.randn(2, rank, 16, 3, 3), torch.randn(3, 96, 7, 8)
+        routed["token_weights"] = torch.rand(3, 4, 7, 8)
+        multi_lora_conv2d_add_(y, images, slots, down, b, scales, backend="triton", **routed)
 
 
 def test_sdxl_lora_traffic_of_a_call_stays_under_5_gb() -> None:
