@@ -4,7 +4,8 @@ from cmlora_kernels.combine_noise import combine_guided_noise, combine_noise
 from cmlora_kernels.dominant import dominant_from_latents, select_dominant
 from cmlora_kernels.feature_bank import gather_concat, scatter_rows
 from cmlora_kernels.merged_bank import merge_weights, merged_linear
-from cmlora_kernels.multi_lora import multi_lora_add_, multi_lora_conv2d, multi_lora_linear
+from cmlora_kernels.multi_lora import multi_lora_add_, multi_lora_linear
+from cmlora_kernels.multi_lora_conv2d import multi_lora_conv2d, multi_lora_conv2d_add_
 from cmlora_kernels.spectrum import high_frequency_share, radial_profile
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "merged_linear",
     "multi_lora_add_",
     "multi_lora_conv2d",
+    "multi_lora_conv2d_add_",
     "multi_lora_linear",
     "radial_profile",
     "scatter_rows",

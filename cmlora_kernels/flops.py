@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cmlora_kernels import merged_bank as _registers_one  # noqa: F401
-from cmlora_kernels import multi_lora as _registers_the_ops  # noqa: F401
+from cmlora_kernels import multi_lora_conv2d as _registers_the_ops  # noqa: F401
 
 Shape = tuple[int, ...]
 
@@ -44,8 +44,12 @@ def _conv2d(
     out_shape: Shape,
     **named: Any,
 ) -> int:
-    rows, outer, height, width = out_shape
-    return 2 * rows * height * width * (outer * math.prod(weight[1:]) + math.prod(a[1:]) + b[2] * outer)
+    return 2 * math.prod(out_shape) * math.prod(weight[1:]) + _conv2d_add(out_shape, x, slots, a, b)
+
+
+def _conv2d_add(y: Shape, x: Shape, slots: Shape, a: Shape, b: Shape, *rest: Any, **named: Any) -> int:
+    rows, outer, height, width = y
+    return 2 * rows * height * width * (math.prod(a[1:]) + b[2] * outer)
 
 
 def _merged(x: Shape, bank: Shape, *rest: Any, **named: Any) -> int:
@@ -60,6 +64,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.cmlora_kernels.multi_lora_linear: _linear,
     torch.ops.cmlora_kernels.multi_lora_add_: _update,
     torch.ops.cmlora_kernels.multi_lora_conv2d: _conv2d,
+    torch.ops.cmlora_kernels.multi_lora_conv2d_add_: _conv2d_add,
     torch.ops.cmlora_kernels.merged_linear: _merged,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,  # torch's counter leaves it out
 }

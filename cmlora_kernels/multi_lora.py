@@ -16,7 +16,6 @@ from cmlora_kernels.cpu_linear import linear
 from cmlora_kernels.dispatch import Backend, check_backend, register, use_triton
 from cmlora_kernels.launch import arch_of
 from cmlora_kernels.multi_lora_add import triton_add
-from cmlora_kernels.multi_lora_conv import triton_conv_add
 from cmlora_kernels.multi_lora_linear import fused_linear
 from cmlora_kernels.tiles import Problem, choose, supports
 
@@ -46,38 +45,7 @@ def linear_definition(
     return add_definition(linear(x, weight, bias), x, slots, a, b, scales)
 
 
-def conv2d_definition(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    slots: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scales: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> Tensor:
-    """`multi_lora_conv2d` in plain torch: the shrink is one grouped convolution, a group per row."""
-    rows, channels, height, width = x.shape
-    rank = a.shape[1]
-    y = F.conv2d(x, weight, bias, stride, padding, dilation)
-    index = slots.clamp_min(0)
-    down = F.conv2d(
-        x.reshape(1, rows * channels, height, width),
-        a[index].flatten(0, 1),
-        None,
-        stride,
-        padding,
-        dilation,
-        groups=rows,
-    )
-    per_row = (scales[index] * (slots >= 0).unsqueeze(1)).unsqueeze(2).to(x.dtype)
-    update = torch.bmm(b[index], down.view(rows, rank, -1) * per_row)
-    return y.add_(update.view_as(y))
-
-
-def _runs_triton(x: Tensor, rank: int, backend: str) -> bool:
+def runs_triton(x: Tensor, rank: int, backend: str) -> bool:
     """Whether a kernel runs: not for ranks, dtypes and empty tensors that none serves; not for bfloat16 on the CPU,
     where the interpreter's tl.dot reads the numbers as integers."""
     if not use_triton(x, backend) or x.numel() == 0 or (x.dtype == torch.bfloat16 and not x.is_cuda):
@@ -95,7 +63,7 @@ def _linear_body(
     scales: Tensor,
     backend: str,
 ) -> Tensor:
-    if not _runs_triton(x, b.shape[2], backend):
+    if not runs_triton(x, b.shape[2], backend):
         return linear_definition(x, weight, bias, slots, a, b, scales)
     problem = Problem.of(x, slots, b, scales, bias is not None)
     if choose(problem, arch_of(x.device)).strategy == "fused":
@@ -120,7 +88,7 @@ def _linear_fake(
 
 
 def _add_body(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, backend: str) -> None:
-    if _runs_triton(x, b.shape[2], backend):
+    if runs_triton(x, b.shape[2], backend):
         triton_add(y, x, slots, a, b, scales)
     else:
         add_definition(y, x, slots, a, b, scales)
@@ -128,67 +96,6 @@ def _add_body(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales:
 
 def _add_fake(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, backend: str) -> None:
     return None
-
-
-def _conv2d_body(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    slots: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scales: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    backend: str,
-) -> Tensor:
-    if not _runs_triton(x, a.shape[1], backend):
-        return conv2d_definition(x, weight, bias, slots, a, b, scales, stride, padding, dilation)
-    if weight.shape[2:] == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
-        y = _pointwise(x, weight, bias, slots, a, b, scales)
-        if y is not None:
-            return y
-    y = F.conv2d(x, weight, bias, stride, padding, dilation)
-    return triton_conv_add(y, x, slots, a, b, scales, (*stride, *padding, *dilation))
-
-
-def _pointwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor
-) -> Tensor | None:
-    """A 1x1 convolution as a linear layer over pixels, in x's memory format; None where the cost model says cuDNN."""
-    rows, channels, height, width = x.shape
-    problem = Problem(
-        rows, height * width, channels, weight.shape[0], b.shape[2], 1, a.shape[0], x.dtype, bias is not None
-    )
-    if x.stride(2) != width * x.stride(3) or choose(problem, arch_of(x.device)).strategy != "fused":
-        return None
-    last = x.stride(1) == 1 and not x.is_contiguous()
-    y = torch.empty(
-        (rows, weight.shape[0], height, width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-    )
-    tokens, outputs = x.flatten(2).transpose(1, 2), y.flatten(2).transpose(1, 2)
-    fused_linear(tokens, weight.flatten(1), bias, slots, a.flatten(2), b, scales, outputs)
-    return y
-
-
-def _conv2d_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    slots: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scales: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    backend: str,
-) -> Tensor:
-    return F.conv2d(x, weight, bias, stride, padding, dilation)
 
 
 _linear = register(
@@ -201,12 +108,6 @@ _add = register(
     "multi_lora_add_(Tensor(y!) y, Tensor x, Tensor slots, Tensor a, Tensor b, Tensor scales, str backend) -> ()",
     _add_body,
     _add_fake,
-)
-_conv2d = register(
-    "multi_lora_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor slots, Tensor a, Tensor b, Tensor scales, "
-    "int[2] stride, int[2] padding, int[2] dilation, str backend) -> Tensor",
-    _conv2d_body,
-    _conv2d_fake,
 )
 
 
@@ -239,7 +140,7 @@ def multi_lora_linear(
     _check(x, slots, a, b, scales, weight.shape[0], backend)
     if weight.shape[1] != x.shape[2]:
         raise ValueError(f"weight must be [out, {x.shape[2]}] for x {tuple(x.shape)}, got {tuple(weight.shape)}")
-    _check_dtypes(x, weight=weight, bias=bias)
+    check_dtypes(x, weight=weight, bias=bias)
     y: Tensor = _linear(x, weight, bias, slots, a, b, scales, backend)
     return y
 
@@ -251,52 +152,8 @@ def multi_lora_add_(
     _check(x, slots, a, b, scales, y.shape[-1], backend)
     if y.shape[:2] != x.shape[:2]:
         raise ValueError(f"y must be [{x.shape[0]}, {x.shape[1]}, out] for x {tuple(x.shape)}, got {tuple(y.shape)}")
-    _check_dtypes(x, y=y)
+    check_dtypes(x, y=y)
     _add(y, x, slots, a, b, scales, backend)
-    return y
-
-
-def multi_lora_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    slots: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scales: Tensor,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    backend: Backend = "auto",
-) -> Tensor:
-    """A convolution with one LoRA per row of the batch (LoCon: a k x k down, a 1x1 up).
-
-    Args:
-        x: [rows, in, height, width].
-        weight: [out, in, kh, kw]; bias: [out] or None.
-        slots: [rows], int64; -1 is the base layer alone.
-        a: [slots, rank, in, kh, kw]; b: [slots, out, rank]; scales: [slots, 1], float32.
-        stride, padding, dilation: as in torch.nn.functional.conv2d; groups are not supported.
-
-    Returns:
-        [rows, out, height', width'].
-
-    Raises:
-        ValueError: a shape or backend that does not fit; it names the argument.
-    """
-    check_backend(backend)
-    if x.ndim != 4:
-        raise ValueError(f"x must be [rows, in, height, width], got {tuple(x.shape)}")
-    if a.ndim != 5 or a.shape[2:] != weight.shape[1:]:
-        raise ValueError(f"a must be [slots, rank, {', '.join(map(str, weight.shape[1:]))}], got {tuple(a.shape)}")
-    if b.shape != (a.shape[0], weight.shape[0], a.shape[1]):
-        raise ValueError(f"b must be {(a.shape[0], weight.shape[0], a.shape[1])}, got {tuple(b.shape)}")
-    if slots.shape != (x.shape[0],):
-        raise ValueError(f"slots must be [{x.shape[0]}] for x {tuple(x.shape)}, got {tuple(slots.shape)}")
-    if scales.shape != (a.shape[0], 1):
-        raise ValueError(f"scales must be [slots, 1] = {(a.shape[0], 1)}, got {tuple(scales.shape)}")
-    _check_dtypes(x, slots, scales, weight=weight, bias=bias, a=a, b=b)
-    y: Tensor = _conv2d(x, weight, bias, slots, a, b, scales, stride, padding, dilation, backend)
     return y
 
 
@@ -318,12 +175,10 @@ def _check(x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, out: 
         )
     if scales.shape != (count, parts):
         raise ValueError(f"scales must be [slots, parts] = {(count, parts)}, got {tuple(scales.shape)}")
-    _check_dtypes(x, slots, scales, a=a, b=b)
+    check_dtypes(x, slots, scales, a=a, b=b)
 
 
-def _check_dtypes(
-    x: Tensor, slots: Tensor | None = None, scales: Tensor | None = None, **others: Tensor | None
-) -> None:
+def check_dtypes(x: Tensor, slots: Tensor | None = None, scales: Tensor | None = None, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.dtype != x.dtype:
             raise ValueError(f"{name} must be of x's dtype {x.dtype}, got {tensor.dtype}")

@@ -115,6 +115,7 @@ def lora() -> None:
         a, b, scales = empty(5, 16, 320, k, k), empty(5, 320, 16), torch.ones(5, 1)
         weight, padding = empty(320, 320, k, k), (k // 2, k // 2)
         ck.multi_lora_conv2d(images, weight, None, slots, a, b, scales, padding=padding, backend="triton")
+        ck.multi_lora_conv2d_add_(images.clone(), images, slots, a, b, scales, padding=padding, backend="triton")
 
 
 if __name__ == "__main__":

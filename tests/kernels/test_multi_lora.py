@@ -17,6 +17,7 @@ from cmlora_kernels import (
     merged_linear,
     multi_lora_add_,
     multi_lora_conv2d,
+    multi_lora_conv2d_add_,
     multi_lora_linear,
 )
 from cmlora_kernels.merged_bank import merged_definition
@@ -206,6 +207,16 @@ CONVS = {
 }
 
 
+def merged_convolution(c: Case, taps: tuple[int, ...], *geometry: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """Every row's convolution in float64, its update merged into the weights."""
+    rows = []
+    for x, slot in zip(c.x.double(), c.slots.tolist(), strict=True):
+        update = c.scales[slot, 0].double() * (c.b[slot].double() @ c.a[slot].double()) if slot >= 0 else 0
+        bias = None if c.bias is None else c.bias.double()
+        rows.append(F.conv2d(x[None], (c.weight.double() + update).view(-1, *taps), bias, *geometry))
+    return torch.cat(rows).cpu().numpy()
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("taps", "stride", "padding", "dilation"), CONVS.values(), ids=CONVS)
@@ -222,16 +233,32 @@ def test_convolution_equals_one_with_merged_weights(
     x = torch.randn(3, taps[0], 9, 11, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     x = x.contiguous(memory_format=memory_format)
     weight, a = c.weight.view(24, *taps), c.a.view(2, 6, *taps)
-    exact = []
-    for row, slot in enumerate(c.slots.tolist()):
-        update = c.scales[slot, 0].double() * (c.b[slot].double() @ c.a[slot].double()) if slot >= 0 else 0
-        merged = (c.weight.double() + update).view(24, *taps)
-        assert c.bias is not None
-        exact.append(F.conv2d(x[row : row + 1].double(), merged, c.bias.double(), stride, padding, dilation))
+    exact = merged_convolution(c._replace(x=x), taps, stride, padding, dilation)
     args = (x, weight, c.bias, c.slots, a, c.b, c.scales, stride, padding, dilation)
     got, definition = multi_lora_conv2d(*args, "triton"), multi_lora_conv2d(*args, "torch")
     assert got.stride() == definition.stride()
-    assert_as_good(got, definition, torch.cat(exact).cpu().numpy())
+    assert_as_good(got, definition, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("taps", "stride", "padding", "dilation"), CONVS.values(), ids=CONVS)
+def test_update_of_a_convolution_added_in_place(taps, stride, padding, dilation, dtype: torch.dtype) -> None:
+    fan = taps[0] * taps[1] * taps[2]
+    c = make(3, 1, fan, 24, 6, dtype=dtype)
+    x = torch.randn(3, taps[0], 9, 11, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+    a, geometry = c.a.view(2, 6, *taps), (stride, padding, dilation)
+    base = F.conv2d(x, c.weight.view(24, *taps), None, *geometry)
+    update = merged_convolution(c._replace(x=x, weight=torch.zeros_like(c.weight), bias=None), taps, *geometry)
+    want = base.double().cpu().numpy() + update
+    definition = multi_lora_conv2d_add_(base.clone(), x, c.slots, a, c.b, c.scales, *geometry, "torch")
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        got = base.clone(memory_format=memory_format)
+        assert multi_lora_conv2d_add_(got, x, c.slots, a, c.b, c.scales, *geometry, "triton") is got
+        assert_as_good(got, definition, want)
+        assert torch.equal(got[c.slots < 0], base[c.slots < 0])
+    wide = torch.stack([base, torch.zeros_like(base)], 4).flatten(3)[..., ::2]  # no format is dense here
+    multi_lora_conv2d_add_(wide, x, c.slots, a, c.b, c.scales, *geometry, "triton")
+    assert_as_good(wide, definition, want)
 
 
 @pytest.mark.parametrize("strategy", ["fused", "add"])
@@ -288,6 +315,7 @@ def test_registered_ops_pass_opcheck(backend: str) -> None:
     torch.library.opcheck(library.multi_lora_linear.default, (*c, backend))
     torch.library.opcheck(library.multi_lora_add_.default, (torch.zeros_like(c.x), c.x, *c[3:], backend))
     torch.library.opcheck(library.multi_lora_conv2d.default, conv)
+    torch.library.opcheck(library.multi_lora_conv2d_add_.default, (torch.zeros_like(x), x, *conv[3:]))
     torch.library.opcheck(library.merged_linear.default, (c.x, bank, c.bias, c.slots, backend))
 
 
