@@ -15,16 +15,17 @@ from torch import Tensor
 
 from cmlora.batch.rows import Running
 from cmlora.compose.plan import BASE, Step, make_plan, order_adapters
-from cmlora.config import CMLoRAConfig
+from cmlora.config import CMLoRAConfig, Recipe
 from cmlora.engine.budget import Strategy, choose, strategies
 from cmlora.engine.footprint import RunShape, keep_freed_memory, peak_of_run, predictable
 from cmlora.engine.graphs import Capture, Captured, capture_cuda
 from cmlora.engine.run import Record, Run, halves_of, with_base
 from cmlora.errors import AdapterError, RunError
-from cmlora.lora.bank import AdapterBank, build_bank, choose_adapters, elsewhere, fill_bank, fingerprint, lora_layers
+from cmlora.lora.bank import AdapterBank, build_bank, choose_adapters, elsewhere, fill_bank
 from cmlora.lora.layers import install, uninstall
 from cmlora.lora.merged import Merging
-from cmlora.lora.stacked import problems, stack_projections
+from cmlora.lora.stacked import fill_stacked, problems, stack_projections
+from cmlora.lora.state import fingerprint
 from cmlora.lora.winograd import Transforming
 from cmlora.models.unet.blocks import check_supported
 from cmlora.models.unet.conditions import Inputs
@@ -86,7 +87,7 @@ class Denoiser:
         """Give the layers their own forward back."""
         self.is_open, self._captured = False, None
         self.transforming.switch(False)
-        uninstall(lora_layers(self.unet))
+        uninstall(self.unet)
         self.batched.stacked = {}
 
     def _stack(self, wanted: bool) -> None:
@@ -94,8 +95,7 @@ class Denoiser:
         if wanted != bool(self.batched.stacked):
             self.merging.switch(False)
             stacked = stack_projections(self.unet, self.running, self.config.backend) if wanted else {}
-            for projection in stacked.values():
-                projection.fill()
+            fill_stacked(stacked.values())
             self.batched.stacked, self.merging, self._captured = stacked, Merging(self.unet, stacked), None
 
     def refresh_bank(self, scale: float) -> None:
@@ -110,11 +110,12 @@ class Denoiser:
         fill_bank(self.bank, scale)
         for layer, _ in self.bank.layers:
             layer.forward.seen = None
+        fill_stacked(self.batched.stacked.values())
         for projection in self.batched.stacked.values():
-            projection.fill()
             projection.seen = None
         self._scale = scale
         self.merging.renew()
+        self.transforming.renew()
 
     @property
     def adapter_bytes(self) -> int:
@@ -147,16 +148,24 @@ class Denoiser:
         if self.config.method != "no_lora":
             several = self.config.method != "merge"
             others = elsewhere(self._pipe())
-            names = choose_adapters(self.unet, self.config.adapters, several=several, elsewhere=others)
+            lenient = self._lenient
+            names = choose_adapters(self.unet, self.config.adapters, several=several, elsewhere=others, lenient=lenient)
             measured = {*self.config.high, *self.config.low}
             if self.profiled and measured != {*names}:
                 raise AdapterError(
                     f"high='auto' was settled for the adapters {', '.join(sorted(measured))}, which are now "
                     f"{', '.join(names)}; call cmlora.accelerate(pipe, high='auto', ...) again"
                 )
-            names = order_adapters(names, self.config)
+            names = names if lenient else order_adapters(names, self.config)
         make_plan(self.config, names, 1)  # high and low must name adapters that take part
-        return build_bank(self.unet, names, merged=self.config.method == "merge", device=self._device)
+        ones: Recipe = tuple((name, 1.0) for name in names)
+        recipes = (ones,) if self.config.method == "merge" else tuple((one,) for one in ones)
+        return build_bank(self.unet, recipes, device=self._device, lenient=self._lenient)
+
+    @property
+    def _lenient(self) -> bool:
+        """A merge of whatever is active is what the plain pipeline draws."""
+        return self.config.method == "merge" and self.config.adapters is None
 
     def __call__(
         self,

@@ -20,9 +20,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from cmlora.batch.identity import identity, version
 from cmlora.batch.rows import Rows, Running, Shared, pick, whole
 from cmlora.lora.bank import outline
-from cmlora.lora.layers import carrying, unhooked
+from cmlora.lora.layers import carrying
+from cmlora.lora.plain import unhooked
 from cmlora.lora.stacked import StackedProjection
 
 
@@ -85,7 +87,8 @@ class Held:
 
     def __init__(self, inputs: Inputs) -> None:
         self.tensors = inputs.conditions()
-        self.versions = [t._version for t in self.tensors]
+        self.identities = [identity(t) for t in self.tensors]
+        self.values = [_unversioned(t) for t in self.tensors]
         self.kwargs = inputs.cross_attention_kwargs
 
     def still(self, inputs: Inputs) -> bool:
@@ -94,8 +97,22 @@ class Held:
         return (
             inputs.cross_attention_kwargs == self.kwargs
             and len(given) == len(self.tensors)
-            and all(a is b and a._version == v for a, b, v in zip(given, self.tensors, self.versions, strict=True))
+            and [identity(t) for t in given] == self.identities
+            and all(_still(t, value) for t, value in zip(given, self.values, strict=True))
         )
+
+
+def _unversioned(t: Tensor) -> Tensor | None:
+    """What a tensor without a version is compared with: its values, on the CPU."""
+    return t.clone() if version(t) is None and t.device.type == "cpu" else None
+
+
+def _still(t: Tensor, value: Tensor | None) -> bool:
+    """Whether a tensor in the same memory, where it has no version, holds the same values.
+
+    On other devices that cannot be told without waiting for them, and counts as no.
+    """
+    return version(t) is not None if value is None else torch.equal(t, value)
 
 
 class Conditions:
