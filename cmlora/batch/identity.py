@@ -1,27 +1,43 @@
-"""Whether two tensors are the same memory with the same content, without reading it."""
+"""Whether a tensor is still the one that was seen before, without reading it."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+Identity = tuple[object, ...]
 
 
-def version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; None where nobody counts: tensors made under torch.inference_mode()."""
-    return None if tensor.is_inference() else tensor._version
+def memory(t: Any) -> Identity:
+    """Which part of which memory a tensor is: equal for two views of the same elements.
 
-
-def identity(tensor: Tensor) -> tuple[object, ...]:
-    """Equal for views of the same memory while it is not written to.
-
-    Writes through `.data`, and writes to tensors made under torch.inference_mode(), leave no trace: what is copied from
-    weights that may be written so is compared by value, or copied anew. Hold the tensor as long as its identity: freed
-    memory is given to others.
+    Holds as long as the tensor, or another view of its memory, is held.
     """
-    address: object = id(tensor)
-    # fake tensors and wrapper subclasses have no memory of their own
-    if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and not tensor.is_meta:
-        address = tensor.data_ptr()
-    elif isinstance(tensor, FakeTensor) or tensor.is_meta:
-        address = (tensor.untyped_storage()._cdata, tensor.storage_offset())
-    return (address, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, version(tensor))
+    if type(t) not in (Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(t):
+        # quantised weights: they have no memory of their own, their parts do
+        names, _ = t.__tensor_flatten__()
+        return (type(t), *(memory(getattr(t, name)) for name in names))
+    return (_address(t), t.shape, t.stride(), t.dtype, t.device)
+
+
+def _address(t: Any) -> int:
+    try:
+        return int(t.data_ptr()) or id(t)
+    except RuntimeError:  # no memory at all: sizes are being traced
+        return id(t)
+
+
+def version(t: Tensor) -> int | None:
+    """How often a tensor was written to; None for one made in torch.inference_mode, which does not count.
+
+    Writing through `.data` is not counted, either.
+    """
+    return None if t.is_inference() else t._version
+
+
+def identity(t: Tensor) -> Identity:
+    """`memory` and `version`: equal where nothing has changed that leaves a trace. A None at the end: none is left."""
+    return (*memory(t), version(t))

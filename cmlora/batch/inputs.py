@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
-from cmlora.batch.identity import identity
+from cmlora.batch.identity import identity, version
 
 Self = TypeVar("Self", bound="Inputs")
 
@@ -56,6 +57,7 @@ class Held:
     def __init__(self, inputs: Inputs) -> None:
         self.tensors = inputs.conditions()
         self.identities = [identity(t) for t in self.tensors]
+        self.values = [_unversioned(t) for t in self.tensors]
         self.settings = inputs.settings()
 
     def still(self, inputs: Inputs) -> bool:
@@ -64,8 +66,22 @@ class Held:
         return (
             inputs.settings() == self.settings
             and len(given) == len(self.tensors)
-            and all(identity(a) == of for a, of in zip(given, self.identities, strict=True))
+            and [identity(t) for t in given] == self.identities
+            and all(_still(t, value) for t, value in zip(given, self.values, strict=True))
         )
+
+
+def _unversioned(t: Tensor) -> Tensor | None:
+    """What a tensor without a version is compared with: its values, on the CPU."""
+    return t.clone() if version(t) is None and t.device.type == "cpu" else None
+
+
+def _still(t: Tensor, value: Tensor | None) -> bool:
+    """Whether a tensor in the same memory, where it has no version, holds the same values.
+
+    On other devices that cannot be told without waiting for them, and counts as no.
+    """
+    return version(t) is not None if value is None else torch.equal(t, value)
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

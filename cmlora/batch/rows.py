@@ -69,6 +69,7 @@ class Running:
 
     def __init__(self) -> None:
         self.rows: Rows | None = None
+        self.owner: object = None  # the bank whose forwards are in force
 
     @contextmanager
     def these(self, rows: Rows) -> Iterator[None]:

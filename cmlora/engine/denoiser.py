@@ -19,7 +19,8 @@ from cmlora.engine.footprint import RunShape
 from cmlora.engine.run import Lane, Record, Run, with_base
 from cmlora.engine.spending import Spending
 from cmlora.errors import AdapterError, RunError
-from cmlora.lora.bank import choose_adapters, elsewhere, fingerprint, switches
+from cmlora.lora.bank import choose_adapters, elsewhere
+from cmlora.lora.state import Switches, fingerprint
 from cmlora.models import find_family
 from cmlora.models.caller import calling_code
 from cmlora.models.family import Call
@@ -47,7 +48,8 @@ class Denoiser:
         self._turn = threading.Lock()
         self.names = self._choose_names(first=True)
         self._bank = self.spending.build(self._recipes, lenient=self._lenient)
-        self._bank_key, self._state = self._key(), (1.0, switches(self.module))
+        self._bank_key, self._switches = self._key(), Switches(self.module)
+        self._state: tuple[object, ...] = ()
 
     def open(self) -> None:
         """Put the batched forward on the LoRA layers."""
@@ -88,7 +90,7 @@ class Denoiser:
     @property
     def _lenient(self) -> bool:
         """A merge is what the plain pipeline draws, whatever state its adapters are in."""
-        return self.config.method == "merge"
+        return self.config.method == "merge" and self.config.adapters is None
 
     @property
     def _recipes(self) -> tuple[Recipe, ...]:
@@ -127,10 +129,10 @@ class Denoiser:
             self.names = self._choose_names(first=False)
             bank = self.spending.build(self._recipes, lenient=self._lenient)
             self.spending.close()
-            self._bank, self._bank_key = bank, key
+            self._bank, self._bank_key, self._switches = bank, key, Switches(self.module)
             self.spending.open(bank)
         self.spending.renew(scale)
-        self._state = (scale, switches(self.module))
+        self._state = (scale, self._switches.now())
 
     def _locate(self, call: Call) -> tuple[Run, Lane]:
         """The run and lane that this call belongs to."""
@@ -165,7 +167,7 @@ class Denoiser:
 
     def _follow_changes(self, run: Run, scale: float) -> None:
         """Adapters re-weighted, switched on or off in mid-run, by a step callback or another scale."""
-        if self._state == (scale, switches(self.module)):
+        if self._state == (scale, self._switches.now()):
             return
         names = self.names
         self.renew(scale)

@@ -68,7 +68,7 @@ class Hook:
     def uninstall(self) -> None:
         _hooks.discard(self)
         self.denoiser.close()
-        give_back_forward(self.module, self.forward)
+        give_back_forward(self.module)
 
 
 def _must_be_its_own(module: nn.Module, forward: Any) -> None:

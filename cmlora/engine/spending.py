@@ -21,10 +21,10 @@ from cmlora.engine.footprint import keep_freed_memory, peak_of_run
 from cmlora.engine.graphs import Capture, Captured, capture_cuda
 from cmlora.engine.run import Lane, Run
 from cmlora.errors import RunError
-from cmlora.lora.bank import AdapterBank, build_bank, fill_bank, lora_layers
+from cmlora.lora.bank import AdapterBank, build_bank, fill_bank
 from cmlora.lora.layers import install, uninstall
 from cmlora.lora.merged import Merging
-from cmlora.lora.stacked import problems, stack_projections
+from cmlora.lora.stacked import fill_stacked, problems, stack_projections
 from cmlora.lora.winograd import Transforming
 from cmlora.models.family import Batched
 from cmlora_kernels import tiles
@@ -43,7 +43,7 @@ class Spending:
         self.batched, self.config = batched, config
         self.module: nn.Module = batched.module
         self.running: Running = batched.running
-        self.bank = AdapterBank((), False, ())
+        self.bank = AdapterBank((), (), (), ())
         self.merging, self.transforming = Merging(self.module, {}), Transforming(self.module)
         self.is_open = False
         self.capture: Capture = capture_cuda
@@ -77,7 +77,7 @@ class Spending:
         self.is_open = False
         self.captured.clear()
         self.transforming.switch(False)
-        uninstall(lora_layers(self.module))
+        uninstall(self.module)
         self.batched.stacked = {}
 
     def renew(self, scale: float) -> None:
@@ -86,10 +86,11 @@ class Spending:
         fill_bank(self.bank, scale)
         for layer, _ in self.bank.layers:
             layer.forward.seen = None
+        fill_stacked(self.batched.stacked.values())
         for projection in self.batched.stacked.values():
-            projection.fill()
             projection.seen = None
         self.merging.renew()
+        self.transforming.renew()
 
     def strategy(self, run: Run, lane: Lane, inputs: Inputs) -> Strategy:
         """What a run that begins spends memory on; put in force."""
@@ -119,8 +120,7 @@ class Spending:
         if wanted != bool(self.batched.stacked):
             self.merging.switch(False)
             stacked = stack_projections(self.module, self.running, self.config.backend) if wanted else {}
-            for projection in stacked.values():
-                projection.fill()
+            fill_stacked(stacked.values())
             self.batched.stacked, self.merging = stacked, Merging(self.module, stacked)
             self.captured.clear()
 

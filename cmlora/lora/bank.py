@@ -1,20 +1,21 @@
-"""PEFT's layers of a model -> AdapterBank: stacked A, B and scales per layer. The only room that knows PEFT."""
+"""PEFT's layers of a model -> AdapterBank: stacked A, B and scales per layer, a recipe per slot."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import Conv2d as PeftConv2d
-from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from cmlora.config import Recipe
 from cmlora.errors import AdapterError
+from cmlora.lora.check import check, left_to_peft
+from cmlora.lora.plain import FLOATS, PLAIN
 
 REKEY = (
     "the file's keys did not match this UNet. Keys must read 'unet.<layer>.lora_A.weight' or be in kohya's format; "
@@ -26,42 +27,59 @@ REKEY = (
 
 @dataclass(frozen=True)
 class LayerBank:
-    """One layer's adapters, stacked.
+    """One layer's adapters, stacked; a slot holds those of its recipe behind each other in the rank.
 
     Attributes:
         a: [slots, rank, in] for a linear layer, [slots, rank, in, kh, kw] for a convolution; zero padded to one rank.
-        b: [slots, out, rank].
-        scales: [slots, 1] float32; zero where an adapter does not touch the layer.
+        b: [slots, out, rank]; weights and scaling are in it where a slot has several adapters.
+        scales: [slots, 1] float32: weight times scaling of a slot's only adapter, one for several; zero where no
+            adapter of the slot touches the layer.
+        groups: [slots, rank] int32 on the host: whose column that is, as a position in `AdapterBank.names`; -1 padding.
     """
 
     a: Tensor
     b: Tensor
     scales: Tensor
+    groups: Tensor
 
 
 class Place(NamedTuple):
-    """Where one adapter of one layer lies in the layer's bank; views of it."""
+    """Where one adapter of one slot of one layer lies in the layer's bank; views of it.
+
+    `weight` is the recipe's; `folded`: it and the scaling go into b, else into scale.
+    """
 
     layer: LoraLayer
     name: str
+    weight: float
+    folded: bool
     a: Tensor
     b: Tensor
     scale: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class AdapterBank:
-    """All layers of a model that carry a LoRA of the named adapters.
+    """All layers of a model that carry a LoRA, and what the slots of a batch stand for.
 
     Attributes:
-        names: adapters in the order of their slots.
-        merged: whether they are one virtual adapter.
-        layers: every LoRA layer of the model and its stacked adapters; None where none of the named ones touches it.
+        recipes: of the slots, in order.
+        layers: every LoRA layer that we run, and its stacked adapters; None where no recipe touches it: the base layer.
+        kept: layers that go on with their own forward (`build_bank`, lenient).
+        places: of all adapters in all layers.
+        scale: factor on all adapters, as `fill_bank` got it last.
     """
 
-    names: tuple[str, ...]
-    merged: bool
+    recipes: tuple[Recipe, ...]
     layers: tuple[tuple[LoraLayer, LayerBank | None], ...]
+    kept: tuple[BaseTunerLayer, ...]
+    places: tuple[Place, ...]
+    scale: float = field(default=1.0, compare=False)
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """All adapters, in the order in which the recipes name them."""
+        return names_of(self.recipes)
 
     @property
     def bytes(self) -> int:
@@ -69,19 +87,10 @@ class AdapterBank:
         banks = (bank for _, bank in self.layers if bank is not None)
         return sum(t.numel() * t.element_size() for bank in banks for t in (bank.a, bank.b, bank.scales))
 
-    @functools.cached_property
-    def places(self) -> list[Place]:
-        """Of all adapters in all layers; as one virtual adapter they lie behind each other in the rank."""
-        places = []
-        for layer, bank in self.layers:
-            first = 0
-            for slot, name in enumerate(self.names if bank is not None else ()):
-                if bank is not None and name in layer.lora_A:
-                    rank = layer.lora_A[name].weight.shape[0]
-                    s, ranks = (0, slice(first, first + rank)) if self.merged else (slot, slice(rank))
-                    places.append(Place(layer, name, bank.a[s, ranks], bank.b[s, :, ranks], bank.scales[s]))
-                    first += rank
-        return places
+
+def names_of(recipes: Sequence[Recipe]) -> tuple[str, ...]:
+    """All adapters of some recipes, each once, in order."""
+    return tuple(dict.fromkeys(name for recipe in recipes for name, _ in recipe))
 
 
 def outline(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -146,6 +155,7 @@ def choose_adapters(
         wanted: names, or None.
         several: whether the method composes several adapters.
         elsewhere: adapters known to the pipeline outside the UNet, for a better message.
+        lenient: none at all is no error: the base model.
 
     Raises:
         AdapterError: none at all, or one that changed no layer of this model.
@@ -157,14 +167,15 @@ def choose_adapters(
     for name in names:
         if name not in loaded:
             raise AdapterError(_missing(name, loaded, elsewhere))
-    if not names and lenient:
-        return ()
+    if lenient and wanted is None:
+        return names
     if not names and loaded:
         raise AdapterError(f"no adapter is active; choose among {', '.join(loaded)} with pipe.set_adapters([...])")
     if not names:
         raise AdapterError(
             "the UNet carries no LoRA layer: load one with pipe.load_lora_weights(..., adapter_name=...). "
-            f"If you did, {REKEY}. Fused LoRAs must be unfused first: pipe.unfuse_lora()"
+            f"If you did, {REKEY}. One that was fused and unloaded is part of the base model by now: to compose it, "
+            "load it again into a fresh pipeline"
         )
     return names
 
@@ -176,96 +187,81 @@ def _missing(name: str, loaded: Sequence[str], elsewhere: Sequence[str]) -> str:
     return f"adapter {name!r} changed no layer of the UNet ({known}): it was not loaded or deleted, or {REKEY}"
 
 
-def fingerprint(model: nn.Module) -> tuple[object, ...]:
-    """What the bank's shape depends on: layers, adapters, ranks, base weights, switches. Reads no tensor."""
-    state: list[object] = []
-    for name, layer in tuner_layers(model):
-        switches = (tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters))
-        state.append((name, id(layer), *switches))
-        if isinstance(layer, LoraLayer):
-            base = getattr(layer.get_base_layer(), "weight", None)
-            weights = [base, *(module.weight for module in layer.lora_A.values())]
-            state.append(tuple(layer.lora_A))
-            state += [None if w is None else (w.shape, w.dtype, w.device, w.data_ptr(), w._version) for w in weights]
-    return tuple(state)
-
-
-def build_bank(model: nn.Module, recipes: Any, *, device: torch.device, lenient: bool = False) -> AdapterBank:
-    """Room for the named adapters of every layer; `fill_bank` puts them in.
+def build_bank(
+    model: nn.Module, recipes: Sequence[Recipe], *, device: torch.device, lenient: bool = False
+) -> AdapterBank:
+    """Room for the adapters of every layer; `fill_bank` puts them in.
 
     Args:
         model: the UNet with PEFT layers.
-        names: adapters in the order of their slots.
-        merged: one virtual adapter of concatenated ranks, weights folded in, instead of a slot per adapter.
+        recipes: what the slots stand for, in order.
         device: where the stacked tensors live.
+        lenient: what the model as it stands would compute, for a single recipe of its active adapters: in every layer
+            only those of them act that the layer itself has active, none where it is disabled or fused, and a layer
+            that we cannot reproduce keeps its own forward. No state of an adapter is an error then.
 
     Raises:
-        AdapterError: a fused, disabled or unsupported adapter; it names the layer.
+        AdapterError: a fused, disabled or unsupported adapter; it names the layer and what to do.
     """
-    names = tuple(dict.fromkeys(n for r in recipes for n, _ in r))
-    merged = len(recipes) == 1
+    names = names_of(recipes)
     layers: list[tuple[LoraLayer, LayerBank | None]] = []
-    for name, layer in tuner_layers(model):
-        here = [n for n in names if isinstance(layer, LoraLayer) and n in layer.lora_A]
-        _check(name, layer, names, here)
-        if isinstance(layer, LoraLayer):
-            bank = _stack(layer, names, merged=merged, device=device) if here else None
-            layers.append((layer, bank))
-    return AdapterBank(tuple(names), merged, tuple(layers))
+    kept: list[BaseTunerLayer] = []
+    places: list[Place] = []
+    with torch.inference_mode(False):  # written to in later runs, which need not be in that mode
+        for name, layer in tuner_layers(model):
+            if lenient and left_to_peft(name, layer):
+                kept.append(layer)
+                continue
+            if not lenient:
+                check(name, layer, names)
+            if isinstance(layer, LoraLayer):
+                here = [_here(layer, recipe, lenient) for recipe in recipes]
+                bank = _stack(layer, here, device) if any(here) else None
+                layers.append((layer, bank))
+                places += [] if bank is None else _fit(layer, here, bank, names)
+    return AdapterBank(tuple(recipes), tuple(layers), tuple(kept), tuple(places))
 
 
-def _check(name: str, layer: BaseTunerLayer, names: Sequence[str], here: Sequence[str]) -> None:
-    if layer.merged:
-        raise AdapterError(f"{name}: LoRA {', '.join(layer.merged_adapters)} is fused; call pipe.unfuse_lora() first")
-    if names and layer.disable_adapters:
-        raise AdapterError(f"{name}: adapters are disabled; call pipe.enable_lora() first, or use method='no_lora'")
-    if not isinstance(layer, LoraLayer):
-        for n in dict.fromkeys((*names, *layer.active_adapters)):
-            if any(n in getattr(layer, a, {}) for a in layer.adapter_layer_names):
-                raise AdapterError(
-                    f"{name}: adapter {n!r} is a {type(layer).__name__}, no LoRA; only LoRA and LoCon can be composed: "
-                    f"remove it with pipe.delete_adapters({n!r})"
-                )
-        return
-    for adapter in here:
-        if layer.use_dora.get(adapter) or adapter in layer.lora_variant:
-            raise AdapterError(
-                f"{name}: adapter {adapter!r} is a DoRA or another LoRA variant, which cannot be batched"
-            )
-        down = layer.lora_A[adapter]
-        if hasattr(down, "_hf_hook") and down.weight.is_meta:
-            raise AdapterError(
-                f"{name}: weights that are offloaded layer by layer (on the meta device between calls) cannot be "
-                "stacked; use pipe.enable_model_cpu_offload() instead of enable_sequential_cpu_offload()"
-            )
-        if layer.lora_bias.get(adapter):
-            raise AdapterError(f"{name}: adapter {adapter!r} has a LoRA bias, which cannot be batched")
-    if here and not isinstance(layer, PeftLinear | PeftConv2d):
-        raise AdapterError(
-            f"{name}: LoRA on {type(layer).__name__} is not supported, only on linear and 2-D convolution"
-        )
-    base = layer.get_base_layer()
-    if here and isinstance(base, nn.Conv2d) and (base.groups != 1 or base.padding_mode != "zeros"):
-        raise AdapterError(
-            f"{name}: LoRA on a convolution with groups or padding_mode={base.padding_mode!r} is not supported"
-        )
+def _here(layer: LoraLayer, recipe: Recipe, lenient: bool) -> Recipe:
+    """What of a recipe acts in a layer."""
+    if not lenient:
+        return tuple((name, weight) for name, weight in recipe if name in layer.lora_A)
+    if layer.merged or layer.disable_adapters:
+        return ()
+    weights = dict(recipe)
+    return tuple((name, weights[name]) for name in layer.active_adapters if name in weights and name in layer.lora_A)
 
 
-def _stack(layer: LoraLayer, names: Sequence[str], *, merged: bool, device: torch.device) -> LayerBank:
+def _stack(layer: LoraLayer, here: Sequence[Recipe], device: torch.device) -> LayerBank:
     """Zeros of the right shape for one layer."""
-    dtype = layer.get_base_layer().weight.dtype
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):  # a quantised base
-        dtype = next(iter(layer.lora_A.values())).weight.dtype
-    present = [layer.lora_A[n].weight for n in names if n in layer.lora_A]
-    ranks = [down.shape[0] for down in present]
-    rank, slots = (sum(ranks), 1) if merged else (max(ranks), len(names))
-    channels, kernel = present[0].shape[1], present[0].shape[2:]
+    down = {name: layer.lora_A[name].weight for recipe in here for name, _ in recipe}
+    base = getattr(layer.get_base_layer(), "weight", None)
+    if base is not None and type(base) in PLAIN and base.dtype in FLOATS:
+        dtype = base.dtype
+    else:  # a quantised base: its weight's dtype tells nothing
+        dtype = functools.reduce(torch.promote_types, [weight.dtype for weight in down.values()])
+    slots, rank = len(here), max(sum(down[name].shape[0] for name, _ in recipe) for recipe in here)
+    like = next(iter(down.values()))
+    channels, kernel = like.shape[1], like.shape[2:]
     # a convolution's channels are innermost in memory: whole 16-byte loads for the kernel that reads them
     a = torch.zeros(slots, rank, *kernel, channels, dtype=dtype, device=device)
     a = a.permute(0, 1, 4, 2, 3) if kernel else a
-    up = next(iter(layer.lora_B.values())).weight
+    up = layer.lora_B[next(iter(down))].weight
     b = torch.zeros(slots, up.shape[0], rank, dtype=dtype, device=device)
-    return LayerBank(a, b, torch.zeros(slots, 1, device=device))
+    groups = torch.full((slots, rank), -1, dtype=torch.int32)
+    return LayerBank(a, b, torch.zeros(slots, 1, device=device), groups)
+
+
+def _fit(layer: LoraLayer, here: Sequence[Recipe], bank: LayerBank, names: Sequence[str]) -> Iterator[Place]:
+    """The adapters of one layer, slot by slot, behind each other in the rank."""
+    for slot, recipe in enumerate(here):
+        first = 0
+        for name, weight in recipe:
+            ranks = slice(first, first + layer.lora_A[name].weight.shape[0])
+            bank.groups[slot, ranks] = names.index(name)
+            place = (bank.a[slot, ranks], bank.b[slot, :, ranks], bank.scales[slot])
+            yield Place(layer, name, weight, len(recipe) > 1, *place)
+            first = ranks.stop
 
 
 def fill_bank(bank: AdapterBank, scale: float) -> None:
@@ -275,28 +271,19 @@ def fill_bank(bank: AdapterBank, scale: float) -> None:
         bank: made for these layers.
         scale: factor on all adapters (`cross_attention_kwargs={"scale": ...}`).
     """
+    bank.scale = scale
     places = bank.places
     if not places:
         return
-    factors = [float(place.layer.scaling[place.name]) * scale for place in places]
+    factors = [float(place.layer.scaling[place.name]) * place.weight * scale for place in places]
     down = [place.layer.lora_A[place.name].weight.detach() for place in places]
     up = [place.layer.lora_B[place.name].weight.detach().flatten(1) for place in places]
-    if bank.merged:
-        up = list(torch._foreach_mul(up, factors))
-        factors = [1.0] * len(places)
+    folded = [i for i, place in enumerate(places) if place.folded]
+    if folded:
+        scaled = torch._foreach_mul([up[i] for i in folded], [factors[i] for i in folded])
+        for i, weight in zip(folded, scaled, strict=True):
+            up[i], factors[i] = weight, 1.0
     constants = {factor: places[0].scale.new_full((1,), factor) for factor in set(factors)}
     torch._foreach_copy_([place.scale for place in places], [constants[factor] for factor in factors])
     torch._foreach_copy_([place.a for place in places], down)
     torch._foreach_copy_([place.b for place in places], up)
-
-
-def switches(model: nn.Module) -> tuple[object, ...]:
-    return tuple(
-        (
-            tuple(layer.active_adapters),
-            layer.disable_adapters,
-            tuple(layer.scaling.values()),
-            tuple(layer.merged_adapters),
-        )
-        for layer in lora_layers(model)
-    )

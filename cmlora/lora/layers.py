@@ -6,43 +6,107 @@ the module tree, its names and its `state_dict` never change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cmlora.batch.replaced import give_back_forward, replace_forward
 from cmlora.batch.rows import Running
-from cmlora.errors import AdapterError
-from cmlora.lora.bank import AdapterBank, LayerBank, outline
+from cmlora.lora.bank import AdapterBank, LayerBank, outline, tuner_layers
+from cmlora.lora.plain import computes_plainly, hooked, unhooked
 from cmlora.lora.winograd import is_transformed
-from cmlora_kernels import merged_linear, multi_lora_add_, multi_lora_conv2d, multi_lora_linear
+from cmlora_kernels import merged_linear, multi_lora_add_, multi_lora_conv2d, multi_lora_conv2d_add_, multi_lora_linear
 
 
-class MultiLora:
-    """Base of the replaced forwards: outside a step it is PEFT's own."""
+class Replaced:
+    """Base of the replaced forwards: outside a step, and once another bank is in force, it is the layer's own.
 
-    def __init__(self, layer: Any, bank: LayerBank | None, running: Running, backend: str) -> None:
-        self.layer = layer
+    Args:
+        layer: PEFT's.
+        bank: that it belongs to.
+        running: where it reads which rows run.
+    """
+
+    bank: LayerBank | None = None
+    seen: tuple[int, int] | None = None  # rows and tokens of the last batch
+
+    def __init__(self, layer: Any, owner: AdapterBank, running: Running) -> None:
+        self.layer, self.owner, self.running = layer, owner, running
+        self.was_set = "forward" in layer.__dict__  # by a hook
+        self.original: Any = layer.forward if self.was_set else None
+
+    def own(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What stood here before."""
+        layer = self.layer
+        y: Tensor = (
+            self.original(x, *args, **kwargs) if self.was_set else type(layer).forward(layer, x, *args, **kwargs)
+        )
+        return y
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Where a copy or pickle comes by this on another way than the layer: what stood here before."""
+        return (_itself, (self.original,)) if self.was_set else (getattr, (self.layer, "forward"))
+
+    @property
+    def in_force(self) -> bool:
+        return self.running.rows is not None and self.running.owner is self.owner
+
+
+def _itself(x: Any) -> Any:
+    return x
+
+
+class Kept(Replaced):
+    """A layer that only PEFT's own forward can compute: all that is added is the run's scale."""
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        scale = self.owner.scale
+        if not self.in_force or scale == 1:
+            return self.own(x, *args, **kwargs)
+        before = dict(self.layer.scaling)
+        self.layer.scale_layer(scale)
+        try:
+            return self.own(x, *args, **kwargs)
+        finally:
+            self.layer.scaling.update(before)
+
+
+class MultiLora(Replaced):
+    """A layer with an adapter per row."""
+
+    def __init__(self, layer: Any, bank: LayerBank | None, owner: AdapterBank, running: Running, backend: str) -> None:
+        super().__init__(layer, owner, running)
         self.base = layer.get_base_layer()
         self.bank = bank
-        self.running = running
         self.backend: Any = backend
-        self.seen: tuple[int, int] | None = None  # rows and tokens of the last batch
         self.merged: Tensor | None = None  # a weight per adapter, where `merged.Merging` is on
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.running.rows is None:
-            plain: Tensor = type(self.layer).forward(self.layer, x, *args, **kwargs)
-            return plain
+        if not self.in_force:
+            return self.own(x, *args, **kwargs)
         if self.bank is None:
             base: Tensor = self.base(x)
             return base
-        return self.update(x.to(self.bank.a.dtype), self.running.slots(x.shape[0]), self.bank)
+        return self.update(x, self.running.slots(x.shape[0]), self.bank)
 
     def update(self, x: Tensor, slots: Tensor, bank: LayerBank) -> Tensor:
         raise NotImplementedError
+
+    def called(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
+        """The base layer's own answer in a dtype, to be written into, and the dtype that it had.
+
+        A copy, always: whoever hooked the layer may have kept what it answered.
+        """
+        y: Tensor = self.base(x)
+        return y.to(dtype, copy=True), y.dtype
 
 
 class MultiLoraLinear(MultiLora):
@@ -51,18 +115,34 @@ class MultiLoraLinear(MultiLora):
     def update(self, x: Tensor, slots: Tensor, bank: LayerBank) -> Tensor:
         """x [rows, ..., in] -> [rows, ..., out]."""
         base = self.base
-        tokens = x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
+        cast = x.to(bank.a.dtype)
+        tokens = cast if x.ndim == 3 else cast.reshape(x.shape[0], -1, x.shape[-1])
         self.seen = (tokens.shape[0], tokens.shape[1])
-        plain = computes_plainly(base, nn.Linear)  # asked in every call: a hook may have come since
-        if plain and self.merged is not None:
+        if not self.plain(bank):
+            y, dtype = self.called(x, bank.a.dtype)
+            flat = y if y.ndim == 3 else y.reshape(*tokens.shape[:2], -1)
+            flat = multi_lora_add_(flat, tokens, slots, bank.a, bank.b, bank.scales, backend=self.backend)
+            return flat.view_as(y).to(dtype)
+        if self.merged is not None:
             y = merged_linear(tokens, self.merged, base.bias, slots, backend=self.backend)
-        elif plain:
+        else:
             y = multi_lora_linear(
                 tokens, base.weight, base.bias, slots, bank.a, bank.b, bank.scales, backend=self.backend
             )
-        else:
-            y = multi_lora_add_(base(tokens), tokens, slots, bank.a, bank.b, bank.scales, backend=self.backend)
         return y if x.ndim == 3 else y.view(*x.shape[:-1], y.shape[-1])
+
+    def plain(self, bank: LayerBank) -> bool:
+        """Whether the base is its weight and nothing else; asked in every call: a hook may have come since."""
+        return computes_plainly(self.base, nn.Linear) and self.base.weight.dtype == bank.a.dtype
+
+
+Way = tuple[str, object, tuple[int, int], tuple[int, int], tuple[int, ...]]
+"""How a convolution moves over its image: padding mode, padding, stride, dilation, what torch pads on each side."""
+
+
+def way_of(layer: Any) -> Way:
+    pads = tuple(layer._reversed_padding_repeated_twice)
+    return (layer.padding_mode, layer.padding, layer.stride, layer.dilation, pads)
 
 
 class MultiLoraConv2d(MultiLora):
@@ -71,21 +151,47 @@ class MultiLoraConv2d(MultiLora):
     def update(self, x: Tensor, slots: Tensor, bank: LayerBank) -> Tensor:
         """x [rows, in, height, width] -> [rows, out, height', width']."""
         base = self.base
-        if not computes_plainly(base, nn.Conv2d):
-            raise AdapterError(f"LoRA on a {type(base).__name__} with hooks or of a special kind is not supported")
-        return multi_lora_conv2d(
-            x,
-            base.weight,
-            base.bias,
-            slots,
-            bank.a,
-            bank.b,
-            bank.scales,
-            stride=base.stride,
-            padding=base.padding,
-            dilation=base.dilation,
-            backend=self.backend,
-        )
+        ways = self.ways(bank)
+        plain = computes_plainly(base, nn.Conv2d) and base.weight.dtype == bank.a.dtype
+        if plain and [*ways] == [way_of(base)] and base.kernel_size == tuple(bank.a.shape[3:]):
+            return multi_lora_conv2d(
+                x.to(bank.a.dtype),
+                base.weight,
+                base.bias,
+                slots,
+                bank.a,
+                bank.b,
+                bank.scales,
+                stride=base.stride,
+                padding=base.padding,
+                dilation=base.dilation,
+                backend=self.backend,
+            )
+        y, dtype = self.called(x, bank.a.dtype)
+        for way, members in ways.items():
+            b = bank.b if len(ways) == 1 else bank.b * _columns(bank, members)
+            self.add_(y, x.to(bank.a.dtype), slots, bank, b, way)
+        return y.to(dtype)
+
+    def ways(self, bank: LayerBank) -> dict[Way, list[int]]:
+        """How the adapters' own convolutions move, and which adapters do so; users set circular padding on all."""
+        ways: dict[Way, list[int]] = {}
+        for position, name in enumerate(self.owner.names):
+            if name in self.layer.lora_A:
+                ways.setdefault(way_of(self.layer.lora_A[name]), []).append(position)
+        return ways
+
+    def add_(self, y: Tensor, x: Tensor, slots: Tensor, bank: LayerBank, b: Tensor, way: Way) -> None:
+        """One way's updates onto y."""
+        mode, padding, stride, dilation, pads = way
+        if mode != "zeros" or not isinstance(padding, tuple):
+            x, padding = F.pad(x, pads, mode="constant" if mode == "zeros" else mode), (0, 0)
+        multi_lora_conv2d_add_(y, x, slots, bank.a, b, bank.scales, stride, padding, dilation, backend=self.backend)
+
+
+def _columns(bank: LayerBank, members: list[int]) -> Tensor:
+    """[slots, 1, rank] ones where a column belongs to one of some adapters."""
+    return torch.isin(bank.groups, torch.tensor(members)).unsqueeze(1).to(bank.b)
 
 
 @contextmanager
@@ -116,15 +222,6 @@ def forward_of(layer: nn.Module | None) -> MultiLora | None:
     return forward if isinstance(forward, MultiLora) else None
 
 
-def unhooked(module: nn.Module) -> bool:
-    """Whether calling a module is calling its class's forward: no hook of offload, layerwise casting or a user."""
-    return "forward" not in module.__dict__ and not hooked(module)
-
-
-def hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def untouched(model: nn.Module) -> bool:
     """Whether all modules in `model` are unhooked but for our own forwards."""
     return all(
@@ -134,21 +231,28 @@ def untouched(model: nn.Module) -> bool:
     )
 
 
-def computes_plainly(base: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a base layer is nothing but its weight: not quantised, nothing around it."""
-    return type(base) is kind and unhooked(base)
-
-
 def install(bank: AdapterBank, running: Running, backend: str) -> None:
-    """Put a batched forward on every layer of the bank."""
+    """Put a batched forward on every layer of the bank; forwards of another bank are no longer in force."""
+    running.owner = bank
     for layer, layer_bank in bank.layers:
         kind = MultiLoraConv2d if isinstance(layer.get_base_layer(), nn.Conv2d) else MultiLoraLinear
-        replace_forward(layer, kind(layer, layer_bank, running, backend))
+        replace_forward(layer, kind(layer, layer_bank, bank, running, backend))
+    for kept in bank.kept:
+        replace_forward(kept, Kept(kept, bank, running))
 
 
-def uninstall(layers: Iterable[nn.Module]) -> None:
+def uninstall(model: nn.Module) -> None:
     """Give every layer its own forward back; layers without ours are left alone."""
-    for layer in layers:
-        forward = forward_of(layer)
-        if forward is not None:
-            give_back_forward(layer, forward)
+    for _, layer in tuner_layers(model):
+        give_back_forward(layer)
+        _unwrap(layer)
+
+
+def _unwrap(layer: BaseTunerLayer) -> None:
+    """Take ours out of hooks of diffusers that came later and wrapped it."""
+    state: Any = layer.__dict__
+    for reference in getattr(state.get("_diffusers_hook"), "_fn_refs", ()):
+        for name in ("forward", "original_forward"):
+            forward = getattr(reference, name)
+            if isinstance(forward, Replaced):
+                setattr(reference, name, forward.original or type(layer).forward.__get__(layer))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cmlora.lora.bank import LayerBank, outline
-from cmlora.lora.layers import MultiLoraLinear, computes_plainly, forward_of
+from cmlora.lora.layers import MultiLoraLinear, forward_of
 from cmlora.lora.stacked import StackedProjection
 from cmlora_kernels import merge_weights
 
@@ -24,23 +24,31 @@ class MergedBank:
 
     def __init__(self, weight: Tensor, bank: LayerBank) -> None:
         self.weight, self.bank = weight, bank
-        self.weights = merge_weights(weight, bank.a, bank.b, bank.scales)
-        self._of = self._now()
+        self._of: list[Tensor] = []  # what they were made of
+        with torch.inference_mode(False):  # written to in later runs, which need not be in that mode
+            self.weights = merge_weights(weight.detach(), bank.a, bank.b, bank.scales)
+            self._keep()
 
     def renew(self) -> None:
-        """Merge again if a value has changed since; they are compared, since PEFT's hot swap leaves no trace."""
-        of = (self.bank.a, self.bank.b, self.bank.scales)
-        if self.weight._version != self._of[1] or not all(map(torch.equal, of, self._of[0])):
-            self.weights.copy_(merge_weights(self.weight, *of))
-            self._of = self._now()
+        """Merge again where a value has changed since: `.data` and PEFT's hot swap leave no trace but the values.
 
-    def _now(self) -> tuple[list[Tensor], int]:
-        return [t.clone() for t in (self.bank.a, self.bank.b, self.bank.scales)], self.weight._version
+        On the CPU they are compared, W with the one that ends the bank; elsewhere that would wait for the device, and
+        merging anew does not.
+        """
+        of = (self.bank.a, self.bank.b, self.bank.scales)
+        if self._of and torch.equal(self.weights[-1], self.weight) and all(map(torch.equal, of, self._of)):
+            return
+        self.weights.copy_(merge_weights(self.weight.detach(), *of))
+        self._keep()
+
+    def _keep(self) -> None:
+        if self.weight.device.type == "cpu":
+            self._of = [t.clone() for t in (self.bank.a, self.bank.b, self.bank.scales)]
 
     @staticmethod
     def bytes_of(weight: Tensor, bank: LayerBank) -> int:
         """Memory that one takes."""
-        copies = (bank.a, bank.b, bank.scales)
+        copies = (bank.a, bank.b, bank.scales) if weight.device.type == "cpu" else ()
         return (bank.a.shape[0] + 1) * weight.nbytes + sum(t.nbytes for t in copies)
 
 
@@ -67,7 +75,7 @@ def mergeable(model: nn.Module, stacked: Mapping[nn.Module, StackedProjection]) 
             isinstance(forward, MultiLoraLinear)
             and forward.bank is not None
             and module not in passed_by
-            and computes_plainly(forward.base, nn.Linear)
+            and forward.plain(forward.bank)
         ):
             yield forward, forward.base.weight, forward.bank
 
@@ -107,6 +115,6 @@ class Merging:
             layer.merged = self.banks[i].weights if on else None
 
     def renew(self) -> None:
-        """Make those anew whose adapters have changed."""
+        """Make those anew whose weights or adapters have changed."""
         for bank in self.banks:
             bank.renew()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,23 +10,38 @@ from torch import Tensor, nn
 
 from cmlora.batch.rows import Running
 from cmlora.lora.bank import LayerBank, outline
-from cmlora.lora.layers import MultiLoraLinear, computes_plainly, forward_of, hooked
+from cmlora.lora.layers import MultiLoraLinear, forward_of
+from cmlora.lora.plain import computes_plainly, hooked
 from cmlora_kernels import merged_linear, multi_lora_linear
 from cmlora_kernels.tiles import Problem
+
+Copies = list[tuple[Tensor, Tensor]]
+"""Where, and what of."""
 
 
 class StackedProjection:
     """q, k and v of one x in one launch: their weights one below the other, an adapter per row."""
 
-    def __init__(self, bases: Sequence[Any], banks: Sequence[LayerBank | None], running: Running, backend: str) -> None:
-        self.weight = torch.cat([base.weight.detach() for base in bases])
-        self.bias = None if bases[0].bias is None else torch.cat([base.bias.detach() for base in bases])
-        self.banks = banks
-        self.bank = _stack_parts(banks)
+    def __init__(self, forwards: Sequence[MultiLoraLinear], running: Running, backend: str) -> None:
+        self.forwards = forwards
+        self.bases = [forward.base for forward in forwards]
+        self.banks = [forward.bank for forward in forwards]
+        with torch.inference_mode(False):  # written to in later runs, which need not be in that mode
+            self.weight = torch.cat([base.weight.detach() for base in self.bases])
+            biases = [base.bias.detach() for base in self.bases if base.bias is not None]
+            self.bias = torch.cat(biases) if biases else None
+            self.bank = _stack_parts(self.banks)
         self.running = running
         self.backend: Any = backend
         self.seen: tuple[int, int] | None = None
         self.merged: Tensor | None = None  # a weight per adapter, where `merged.Merging` is on
+
+    def holds(self) -> bool:
+        """Whether the layers still are what this computes; a hook may have come since."""
+        return all(
+            forward_of(forward.layer) is forward and not hooked(forward.layer) and computes_plainly(base, nn.Linear)
+            for forward, base in zip(self.forwards, self.bases, strict=True)
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, tokens, in] -> [rows, tokens, 3 * out]."""
@@ -36,20 +51,33 @@ class StackedProjection:
             return merged_linear(x, self.merged, self.bias, slots, backend=self.backend)
         return multi_lora_linear(x, self.weight, self.bias, slots, bank.a, bank.b, bank.scales, backend=self.backend)
 
-    def fill(self) -> None:
-        """Copy the layers' banks; what a layer lacks stays zero."""
+    def copies(self) -> tuple[Copies, Copies]:
+        """Of the base weights, and of the layers' banks; what a layer lacks stays zero."""
         parts = len(self.banks)
+        bases = list(zip(self.weight.chunk(parts), [base.weight.detach() for base in self.bases], strict=True))
+        if self.bias is not None:
+            bases += zip(self.bias.chunk(parts), [base.bias.detach() for base in self.bases], strict=True)
+        banks = []
         for part, bank in enumerate(self.banks):
             if bank is not None:
-                self.bank.a.chunk(parts, 1)[part][:, : bank.a.shape[1]] = bank.a
-                self.bank.b.chunk(parts, 1)[part][:, :, : bank.b.shape[2]] = bank.b
-                self.bank.scales[:, part] = bank.scales[:, 0]
+                banks.append((self.bank.a.chunk(parts, 1)[part][:, : bank.a.shape[1]], bank.a))
+                banks.append((self.bank.b.chunk(parts, 1)[part][:, :, : bank.b.shape[2]], bank.b))
+                banks.append((self.bank.scales[:, part], bank.scales[:, 0]))
+        return bases, banks
 
     @property
     def bytes(self) -> int:
         """Memory of the copies."""
         tensors = (self.weight, self.bias, self.bank.a, self.bank.b, self.bank.scales)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def fill_stacked(projections: Iterable[StackedProjection]) -> None:
+    """Copy the layers' weights and banks as they are now, whatever wrote them."""
+    given = [projection.copies() for projection in projections]
+    for copies in ([c for bases, _ in given for c in bases], [c for _, banks in given for c in banks]):
+        if copies:
+            torch._foreach_copy_([to for to, _ in copies], [of for _, of in copies])
 
 
 def _stack_parts(banks: Sequence[LayerBank | None]) -> LayerBank:
@@ -59,7 +87,11 @@ def _stack_parts(banks: Sequence[LayerBank | None]) -> LayerBank:
     slots, out, width = present.b.shape[0], present.b.shape[1], present.a.shape[2]
     a = present.a.new_zeros(slots, len(banks) * rank, width)
     b = present.b.new_zeros(slots, len(banks) * out, rank)
-    return LayerBank(a, b, present.scales.new_zeros(slots, len(banks)))
+    groups = present.groups.new_full((slots, len(banks) * rank), -1)
+    for part, bank in enumerate(banks):
+        if bank is not None:
+            groups[:, part * rank : part * rank + bank.groups.shape[1]] = bank.groups
+    return LayerBank(a, b, present.scales.new_zeros(slots, len(banks)), groups)
 
 
 def stack_projections(model: nn.Module, running: Running, backend: str) -> dict[nn.Module, StackedProjection]:
@@ -72,10 +104,9 @@ def stack_projections(model: nn.Module, running: Running, backend: str) -> dict[
             continue
         bases = [forward.base for forward in forwards]
         plain = all(computes_plainly(base, nn.Linear) for base in bases)
-        alike = len({(base.weight.shape, base.weight.dtype, base.bias is None) for base in bases}) == 1
-        banks = [forward.bank for forward in forwards]
-        if plain and alike and any(bank is not None for bank in banks):
-            stacked[module] = StackedProjection(bases, banks, running, backend)
+        alike = plain and len({(base.weight.shape, base.weight.dtype, base.bias is None) for base in bases}) == 1
+        if alike and any(forward.bank is not None for forward in forwards):
+            stacked[module] = StackedProjection(forwards, running, backend)
     return stacked
 
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
+from cmlora.batch.identity import Identity, identity
 from cmlora.batch.replaced import give_back_forward, replace_forward
 from cmlora.lora.bank import outline
+from cmlora.lora.plain import CONVOLVE, PLAIN, classes_own, computes_plainly
 
 LEAST_CHANNELS = 1024
 """In and out; narrower layers gain nothing (csrc_docs/engine.md)."""
@@ -92,26 +94,60 @@ def _outwards(m: Tensor, out: Tensor) -> None:
 class TransformedConv2d:
     """What a convolution's `forward` is replaced with: the same by the transformed weight, made when first needed.
 
-    Made again when the weight is another one, or was written to (not through `.data`, which leaves no trace).
+    Made again when the weight is another one or was written to, and where `renew` sees that `.data` was written to. The
+    layer's own forward runs whenever the layer is no longer what was transformed: asked in every call.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
         self.layer = layer
         self.like = torch.empty(16, *layer.weight.shape[:2], device="meta")
         self.weight: Tensor = self.like  # none yet
-        self.of: tuple[Tensor, int, int] | None = None
+        self.of: tuple[Tensor, Identity] | None = None  # held, so that no other weight takes its memory
+        self.answer: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight = self.layer.weight
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or {x.dtype, weight.dtype} != {torch.float32}:
-            return nn.Conv2d.forward(self.layer, x)
+        layer = self.layer
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != torch.float32 or not _fits(layer):
+            y: Tensor = type(layer).forward(layer, x)
+            return y
         if isinstance(x, FakeTensor):  # memory is being predicted: shapes are enough
-            return convolve(x, self.like, self.layer.bias)
-        # held, so that no other weight takes its identity
-        now = (weight, weight.data_ptr(), weight._version)
-        if self.of is None or self.of[0] is not weight or self.of[1:] != now[1:]:
-            self.weight, self.of = transform_weight(weight.detach()), now
-        return convolve(x, self.weight, self.layer.bias)
+            return convolve(x, self.like, layer.bias)
+        now = identity(layer.weight)
+        if self.of is None or self.of[1] != now:
+            self._transform(now)
+        return convolve(x, self.weight, layer.bias)
+
+    def renew(self) -> None:
+        """Have the weight transformed anew where its values changed without a trace.
+
+        Told by the layer's answer to one random patch, [out] numbers in its own precision. A change that leaves every
+        bit of them as it was shows in answers to other patches by no more than their rounding, or is orthogonal to a
+        random direction in every row, which does not happen. On other devices, where looking would wait for the
+        device, it is transformed anew.
+        """
+        if self.of is not None and (self.answer is None or not torch.equal(self.answer, self._answer())):
+            self.of = None
+
+    def _transform(self, now: Identity) -> None:
+        with torch.inference_mode(False):
+            weight = self.layer.weight.detach()
+            made = transform_weight(weight)
+            if self.weight.device == made.device and self.weight.shape == made.shape:
+                self.weight.copy_(made)  # where it lies, for steps that were captured
+            else:
+                self.weight = made
+            self.of = (weight, now)
+            self.answer = self._answer() if weight.device.type == "cpu" else None
+
+    def _answer(self) -> Tensor:
+        weight = self.layer.weight.detach().flatten(1)
+        return weight @ _patch(weight.shape[1])
+
+
+@functools.lru_cache(maxsize=16)
+def _patch(size: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
 class Transforming:
@@ -139,7 +175,14 @@ class Transforming:
             if on:
                 replace_forward(layer, TransformedConv2d(layer))
             elif is_transformed(layer):
-                give_back_forward(layer, layer.__dict__["forward"])
+                give_back_forward(layer)
+
+    def renew(self) -> None:
+        """At a run's start: follow weights that were written to in a way that leaves no trace."""
+        for layer in self.layers if self.on else ():
+            forward = layer.__dict__.get("forward")
+            if isinstance(forward, TransformedConv2d):
+                forward.renew()
 
 
 def is_transformed(layer: nn.Module) -> bool:
@@ -149,11 +192,25 @@ def is_transformed(layer: nn.Module) -> bool:
 
 def _suits(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
     return (
+        isinstance(layer, nn.Conv2d)
+        and classes_own(layer)
+        and computes_plainly(layer, nn.Conv2d)
+        and _fits(layer)
+        and min(layer.in_channels, layer.out_channels) >= LEAST_CHANNELS
+    )
+
+
+def _fits(layer: nn.Conv2d) -> bool:
+    """Whether a layer is a plain 3x3 convolution that keeps the size, whatever else calls it."""
+    weight, state = layer._parameters.get("weight"), layer.__dict__
+    return (
         type(layer) is nn.Conv2d
-        and "forward" not in layer.__dict__
+        and "_conv_forward" not in state
+        and nn.Conv2d._conv_forward is CONVOLVE
         and (layer.kernel_size, layer.stride, layer.padding, layer.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and layer.groups == 1
         and layer.padding_mode == "zeros"
-        and layer.weight.dtype == torch.float32
-        and min(layer.in_channels, layer.out_channels) >= LEAST_CHANNELS
+        and type(weight) in PLAIN
+        and weight is not None
+        and weight.dtype == torch.float32
     )

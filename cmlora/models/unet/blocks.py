@@ -10,7 +10,7 @@ from torch import nn
 
 from cmlora.errors import ConfigError, UnsupportedModelError
 from cmlora.lora.bank import outline
-from cmlora.lora.layers import unhooked
+from cmlora.lora.plain import unhooked
 
 BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", "NoneType")

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from cmlora.batch.inputs import Inputs
 from cmlora.batch.rows import Rows, Running, Shared, pick, whole
 from cmlora.lora.bank import outline
-from cmlora.lora.layers import carrying, forward_of, hooked, unhooked, untouched
+from cmlora.lora.layers import carrying, forward_of, untouched
+from cmlora.lora.plain import hooked, unhooked
 from cmlora.lora.stacked import StackedProjection
 from cmlora.models.family import Conditions
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmlora.batch.rows import Rows, Shared, add, lift
-from cmlora.lora.layers import unhooked
+from cmlora.lora.plain import unhooked
 from cmlora.models.unet.conditions import UNetConditions
 from cmlora_kernels.cpu_linear import linear
 
@@ -118,7 +118,7 @@ def _self_attention(attention: Any, x: Shared, conditions: UNetConditions, rows:
     if attention in conditions.carrying:
         x = lift(x, rows, by_prediction=True)
     stacked = conditions.stacked.get(attention)
-    if stacked is not None:
+    if stacked is not None and stacked.holds():
         query, key, value = (_heads(part, attention.heads) for part in stacked(x.value).chunk(3, 2))
     else:
         query, key, value = (_heads(layer(x.value), attention.heads) for layer in _projections(attention))
