@@ -3,8 +3,8 @@
 import torch
 
 import cmlora
+from cmlora.lab.bench.tiny import EVERYTHING, add_lora, call, embeddings, relative, sd_pipe, sd_unet
 from cmlora.models.unet.conditions import Inputs
-from tests.models import EVERYTHING, add_lora, call, embeddings, relative, sd_pipe, sd_unet
 
 
 def small_pipe(pattern):

@@ -12,8 +12,8 @@ from diffusers import StableDiffusionPAGPipeline, UNet2DConditionModel
 from diffusers.callbacks import SDCFGCutoffCallback
 
 import cmlora
+from cmlora.lab.bench.tiny import add_lora, call, embeddings, relative, sd_pipe
 from tests.adapter.loop import EXACT, loop, refused, small_unet, with_loras
-from tests.models import add_lora, call, embeddings, relative, sd_pipe
 
 SEVERAL = ("composite", "cmlora")
 

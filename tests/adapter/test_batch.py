@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import cmlora
-from tests.models import ATTENTION, EVERYTHING, Sequential, add_lora, call, embeddings, relative, sdxl_pipe
+from cmlora.lab.bench.loop import CachedLoop
+from cmlora.lab.bench.tiny import ATTENTION, EVERYTHING, add_lora, call, embeddings, relative, sdxl_pipe
 
 STAGE = {"partition": "offline", "offline_boundary": 1.0, "dominant_decay": 0}
 KINDS = (  # rank, alpha, layers
@@ -27,7 +28,7 @@ def pipe_with(count):
 
 def peer(count, weights, **how):
     pipe, names = pipe_with(count)
-    sequential = Sequential(pipe.unet, names, weights, **how)
+    sequential = CachedLoop(pipe.unet, names, weights, **how)
     return call(pipe, 5), sequential
 
 

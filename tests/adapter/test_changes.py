@@ -10,8 +10,8 @@ from diffusers import UNet2DConditionModel
 from peft.utils.hotswap import hotswap_adapter_from_state_dict
 
 import cmlora
+from cmlora.lab.bench.tiny import EVERYTHING, add_lora, call, relative, sd_pipe
 from tests.adapter.loop import EXACT, loop, refused, small_unet, with_loras
-from tests.models import EVERYTHING, add_lora, call, relative, sd_pipe
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmlora
+from cmlora.lab.bench.tiny import ATTENTION, EVERYTHING, call, relative, three_adapters
 from cmlora.lora import merged, winograd
 from cmlora.models.unet import layers as transformer
 from cmlora_kernels import cpu_linear
-from tests.models import ATTENTION, EVERYTHING, call, relative, three_adapters
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = (
@@ -217,7 +217,7 @@ def test_a_run_on_the_cpu_makes_hardly_any_page_anew():
 COUNT_FAULTS = """
 import resource
 import cmlora
-from tests.models import ATTENTION, call, three_adapters
+from cmlora.lab.bench.tiny import ATTENTION, call, three_adapters
 
 pipe = three_adapters(ATTENTION)
 cmlora.accelerate(pipe)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import cmlora
 from cmlora.engine.graphs import capture_cuda
-from tests.models import ATTENTION, SMALL, noises, three_adapters
+from cmlora.lab.bench.tiny import ATTENTION, SMALL, noises, three_adapters
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

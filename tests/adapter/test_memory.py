@@ -7,7 +7,7 @@ import torch
 
 import cmlora
 from cmlora.engine.budget import Strategy, choose, strategies
-from tests.models import ATTENTION, EVERYTHING, SMALL, noises, relative, three_adapters
+from cmlora.lab.bench.tiny import ATTENTION, EVERYTHING, SMALL, noises, relative, three_adapters
 
 CHOICES = (
     {"method": "no_lora"},

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmlora
-from tests.models import add_lora, call, embeddings, relative, sd_pipe
+from cmlora.lab.bench.tiny import add_lora, call, embeddings, relative, sd_pipe
 
 CUTOFF = 0.2
 

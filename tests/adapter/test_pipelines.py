@@ -10,8 +10,8 @@ import torch
 from diffusers import ControlNetModel, T2IAdapter
 
 import cmlora
+from cmlora.lab.bench.tiny import call, embeddings, relative, sd_pipe, sd_unet, sdxl_pipe, sdxl_unet
 from tests.adapter.loop import EXACT, cmlora_equals_loop, composite_equals_loop, small_unet, with_loras
-from tests.models import call, embeddings, relative, sd_pipe, sd_unet, sdxl_pipe, sdxl_unet
 
 
 def controlnet(unet):

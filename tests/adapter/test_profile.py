@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 import cmlora
 from cmlora import sprites
 from cmlora.cli import app
+from cmlora.lab.bench.tiny import add_lora, call, embeddings, sd_pipe, sd_unet, sdxl_pipe
 from cmlora.profile import high_frequency_difference, profile_loras, split
 from tests.adapter.test_restore import assert_same, snapshot
 from tests.conftest import shared
 from tests.golden.test_golden import golden_pipe
-from tests.models import add_lora, call, embeddings, sd_pipe, sd_unet, sdxl_pipe
 
 CUTOFF, STEPS = 0.3, 3  # not the default cutoff: it must reach the measure
 

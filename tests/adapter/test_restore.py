@@ -5,7 +5,7 @@ import torch
 from peft.tuners.lora import Linear as PeftLinear
 
 import cmlora
-from tests.models import EVERYTHING, add_lora, call, embeddings, sd_pipe
+from cmlora.lab.bench.tiny import EVERYTHING, add_lora, call, embeddings, sd_pipe
 
 
 @pytest.fixture

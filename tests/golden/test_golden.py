@@ -8,8 +8,8 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
 import cmlora
+from cmlora.lab.bench.tiny import ddim, sd_pipe
 from tests.conftest import SHARED, shared
-from tests.models import ddim, sd_pipe
 
 CASES = SHARED / "golden" / "cases.json"
 NAMES = sorted(json.loads(CASES.read_text())) if CASES.is_file() else ["absent"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.bench_multi_lora import SDXL_LINEARS, sdxl_lora_bytes
+from cmlora.lab.bench.traffic import SDXL_LINEARS, sdxl_lora_bytes
 from cmlora_kernels import (
     combine_guided_noise,
     combine_noise,
@@ -135,4 +135,4 @@ def _run_multi_lora() -> None:
 
 def test_sdxl_lora_traffic_of_a_call_stays_under_5_gb() -> None:
     assert sum(layer[0] for layer in SDXL_LINEARS) == 722  # the transformers' linear layers of SDXL
-    assert sdxl_lora_bytes() <= 5e9
+    assert sdxl_lora_bytes("sm_90") <= 5e9
