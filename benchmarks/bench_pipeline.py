@@ -55,7 +55,7 @@ def sd15_pipe(count: int) -> tuple[Any, list[str], dict[str, torch.Tensor]]:
     )
     pipe = sd_pipe(unet)
     names = [add_lora(unet, f"lora_{i}", rank=16, seed=i) for i in range(count)]
-    return pipe.to(DEVICE), names, embeddings(pipe, size=(size, size))
+    return pipe, names, embeddings(pipe, size=(size, size))
 
 
 MODELS = {"sprites": sprites_pipe, "sd15": sd15_pipe}
@@ -67,7 +67,6 @@ def test_pipeline(benchmark: Any, request: pytest.FixtureRequest, model: str, co
     pipe, names, given = MODELS[model](count)
     fast, *_ = MODELS[model](count)  # a second one with the same weights, so that ours is set up once per comparison
     fast.unet.set_adapters(names)
-    given = {key: value.to(DEVICE) for key, value in given.items()}
 
     def ours() -> torch.Tensor:
         return call(fast, STEPS, given=given)

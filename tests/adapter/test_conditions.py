@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cmlora
-from cmlora.lab.bench.tiny import EVERYTHING, add_lora, call, embeddings, relative, sd_pipe, sdxl_pipe
+from cmlora.lab.bench.tiny import DEVICE, EVERYTHING, add_lora, call, embeddings, relative, sd_pipe, sdxl_pipe
 from tests.adapter.loop import (
     EXACT,
     cmlora_equals_loop,
@@ -199,7 +199,7 @@ def test_custom_loop(small):
     def run(pipe, again=1):
         for _ in range(again):
             x = given["latents"]
-            pipe.scheduler.set_timesteps(4)
+            pipe.scheduler.set_timesteps(4, device=DEVICE)
             for t in pipe.scheduler.timesteps:
                 noise = pipe.unet(x, t.expand(1), encoder_hidden_states=given["prompt_embeds"]).sample
                 x = pipe.scheduler.step(noise, t, x).prev_sample
@@ -229,6 +229,7 @@ def test_two_pipelines_in_one_process(small, sdxl):
 
         got = call(small, 3, callback_on_step_end=other)
     assert relative(got, want) < EXACT
+    assert len(inner) == 3
     assert all(relative(x, want_xl) < EXACT for x in inner)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 import cmlora
 from cmlora import sprites
 from cmlora.lab.bench.loop import CachedLoop
-from cmlora.lab.bench.tiny import relative
+from cmlora.lab.bench.tiny import DEVICE, relative
 from cmlora.sprites import draw, measure
 from cmlora.sprites.detector import detect, load_detector
 
@@ -35,7 +35,7 @@ def load() -> StableDiffusionPipeline:
     made.load_lora_weights(sprites.lora_path("tophat", kohya=True), adapter_name="clothing")
     made.load_lora_weights(sprites.lora_path("checker", kohya=True), adapter_name="background")
     made.set_adapters(list(NAMES))
-    return made
+    return made.to(DEVICE)
 
 
 def run(pipe: StableDiffusionPipeline, steps: int = 4, output: str = "latent", prompt: str = PROMPT) -> torch.Tensor:
@@ -97,7 +97,7 @@ def picture(pipe: StableDiffusionPipeline, **config) -> np.ndarray:
 
 @pytest.mark.parametrize("name", sprites.CONCEPTS)
 def test_each_lora_alone_draws_its_concept(name: str) -> None:
-    pipe = StableDiffusionPipeline.from_pretrained(sprites.model_path(), torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(sprites.model_path(), torch_dtype=torch.float32).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(sprites.lora_path(name))
     scenes = measure.unseen(3).with_concept(name)

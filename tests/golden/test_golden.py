@@ -51,7 +51,7 @@ def test_latents_equal_the_published_code_at_every_step(name):
     recorded = []
 
     def record(pipe, step, timestep, kwargs):
-        recorded.append(kwargs["latents"].clone())
+        recorded.append(kwargs["latents"].cpu().clone())
         return {}
 
     cmlora.accelerate(pipe, **config_of(case))
@@ -74,7 +74,7 @@ def test_the_kernels_in_the_interpreter_equal_the_published_code():
     recorded = []
 
     def record(pipe, step, timestep, kwargs):
-        recorded.append(kwargs["latents"].clone())
+        recorded.append(kwargs["latents"].cpu().clone())
         pipe._interrupt = True
         return {}
 
