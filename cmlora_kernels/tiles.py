@@ -89,7 +89,7 @@ CHIPS = {
     "gfx1100": Chip(65_536, 96, 123e12, 123e12 / 6, 0.96e12),  # RX 7900 XTX
 }
 _SMALL_CUDA = Chip(101_376, 82, 142e12, 71e12 / 3, 0.94e12)  # sm_86, sm_89, sm_120: 99 KB a block; RTX 3090's peaks
-_OLD_CUDA = Chip(65_536, 72, 130e12, 16e12, 0.67e12)  # sm_75 and older: no asynchronous copies
+_OLD_CUDA = Chip(65_536, 72, 130e12, 16e12, 0.67e12)  # sm_75 and older: no kernels of ours (`has_kernels`)
 
 
 def chip(arch: str) -> Chip:
@@ -117,7 +117,7 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
     if dtype != torch.float32:
         return "ieee"
     if arch.startswith("sm_"):
-        return "tf32x3" if int(arch.removeprefix("sm_")) >= 80 else "ieee"
+        return "tf32x3"
     return "ieee" if arch.startswith("gfx9") else "bf16x6"  # CDNA multiplies fp32 matrices; RDNA has bf16 only
 
 
@@ -144,9 +144,17 @@ _LINEAR: dict[tuple[str, bool], dict[int, tuple[int, int, int, int]]] = {
 }
 
 
+def has_kernels(arch: str) -> bool:
+    """Whether there are kernels for a target.
+
+    On sm_75 and older triton (since 3.3) has no matrix instructions, and tiles spill kilobytes: the definitions run.
+    """
+    return not arch.startswith("sm_") or int(arch.removeprefix("sm_")) >= 80
+
+
 def supports(rank: int, dtype: torch.dtype, arch: str) -> bool:
     """Whether the kernels serve this rank and dtype; what they do not serve runs as its definition."""
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32) or not 0 < rank <= MAX_RANK:
+    if not has_kernels(arch) or dtype not in (torch.float16, torch.bfloat16, torch.float32) or not 0 < rank <= MAX_RANK:
         return False
     return rank_bucket(rank) in _LINEAR[family(arch), dtype.itemsize == 2]
 
