@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import cmlora
 from cmlora.engine.footprint import keep_freed_memory
+from cmlora.lab.bench.tiny import ATTENTION, call, relative, three_adapters
 from cmlora.lora import winograd
 from cmlora.models.unet import layers as transformer
 from cmlora_kernels import cpu_linear
-from tests.models import ATTENTION, call, relative, three_adapters
 
 ROWS = 2  # the dominant adapter's, with guidance
 LAYERS = [(320, 32), (640, 16), (1280, 8), (1280, 4)]
@@ -44,7 +44,7 @@ def compare(case: str, ours: Callable[[], Tensor], rival: Callable[[], Tensor]) 
 
 
 def test_merged_weights(benchmark) -> None:
-    pipes = [three_adapters(ATTENTION), three_adapters(ATTENTION)]
+    pipes = [three_adapters(ATTENTION, device="cpu") for _ in range(2)]
     for pipe, merge in zip(pipes, (True, False), strict=True):
         cmlora.accelerate(pipe, merge_weights=merge)
     compare("small UNet, 3 LoRAs: merged weights", *(lambda pipe=pipe: call(pipe, 6) for pipe in pipes))

@@ -20,6 +20,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor
 from torch.nn import functional as F
 
+from cmlora.lab.bench.traffic import sdxl_lora_bytes
 from cmlora_kernels import merge_weights, merged_linear, multi_lora_add_, multi_lora_linear
 from cmlora_kernels.tiles import CHIPS, LAUNCH_SECONDS, Cost, Problem, choose, costs
 
@@ -36,18 +37,6 @@ SHAPES = {
     "sdxl_feedforward_in_1280": (10, 1024, 1280, 10240),
     "sdxl_prompt_640": (10, 77, 2048, 640),
 }
-
-# SDXL at 1024 x 1024: how often, tokens, in, out. 10 transformer layers at 640 channels, 60 at 1280.
-SDXL_LINEARS = [
-    (10 * 6 + 2 * 5, 4096, 640, 640),  # q, k, v, out of self-attention, q, out of cross-attention; projections
-    (10 * 2, 77, 2048, 640),
-    (10, 4096, 640, 5120),
-    (10, 4096, 2560, 640),
-    (60 * 6 + 2 * 6, 1024, 1280, 1280),
-    (60 * 2, 77, 2048, 1280),
-    (60, 1024, 1280, 10240),
-    (60, 1024, 5120, 1280),
-]
 
 
 class Layer(NamedTuple):
@@ -164,14 +153,5 @@ def test_print_predictions(capsys: pytest.CaptureFixture[str]) -> None:
             best = choose(p, PREDICTED_FOR)
             listed = ", ".join(f"{c.strategy} {c.bytes / 1e6:.0f} MB {c.seconds * 1e6:.0f}" for c in rivals)
             print(f"  {name}: {listed}; {best.strategy} over peft {rivals[-1].seconds / best.seconds:.1f}x predicted")
-        print(f"  SDXL, one LoRA, rank 16, two rows: {sdxl_lora_bytes() / 1e9:.2f} GB of LoRA traffic a call, counted")
-
-
-def sdxl_lora_bytes() -> int:
-    """Bytes beyond the base layers' own, each element counted once per launch, with the strategy that is chosen."""
-    total = 0
-    for count, tokens, inner, outer in SDXL_LINEARS:
-        p = Problem(2, tokens, inner, outer, 16, 1, 1, torch.float16, True)
-        base = 2 * (2 * tokens * (inner + outer) + inner * outer)
-        total += count * (choose(p, PREDICTED_FOR).bytes - base)
-    return total
+        moved = sdxl_lora_bytes(PREDICTED_FOR) / 1e9
+        print(f"  SDXL, one LoRA, rank 16, two rows: {moved:.2f} GB of LoRA traffic a call, counted")

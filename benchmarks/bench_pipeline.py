@@ -12,8 +12,7 @@ that returns latents; it is timed as it is, its latents are compared and the dif
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,14 @@ from harness import DEVICE, GPU, compare_calls
 
 import cmlora
 from cmlora import sprites
-from tests.models import Sequential, add_lora, call, embeddings, relative, sd_pipe, sd_unet
+from cmlora.lab.bench.loop import CachedLoop, MergedLoop
+from cmlora.lab.bench.tiny import add_lora, call, embeddings, relative, sd_pipe, sd_unet
 
 INTERVAL = 2
 STEPS = 20 if GPU else 4
 TOLERANCE = 1e-4
 # The dominant adapter of the loop takes turns at a constant weight, so ours is told to do the same.
 SAME = {"partition": "offline", "offline_boundary": 1.0, "dominant_decay": 0, "combine": "mean"}
-
-
-class Merged(Sequential):
-    """All adapters at once, in one pass with one DeepCache-style cache."""
-
-    def __init__(self, unet: Any, interval: int) -> None:
-        super().__init__(unet, ["merged"], interval=interval)
-
-    def _pass(self, name: str, full: bool, args: Any, kwargs: Any) -> torch.Tensor:
-        return self._full(name, args, kwargs) if full else self._shallow(name, *args, **kwargs)
 
 
 def sprites_pipe(count: int) -> tuple[Any, list[str], dict[str, torch.Tensor]]:
@@ -65,20 +55,10 @@ def sd15_pipe(count: int) -> tuple[Any, list[str], dict[str, torch.Tensor]]:
     )
     pipe = sd_pipe(unet)
     names = [add_lora(unet, f"lora_{i}", rank=16, seed=i) for i in range(count)]
-    return pipe.to(DEVICE), names, embeddings(pipe, size=(size, size))
+    return pipe, names, embeddings(pipe, size=(size, size))
 
 
 MODELS = {"sprites": sprites_pipe, "sd15": sd15_pipe}
-
-
-@contextmanager
-def peer(make: Callable[[], Sequential]) -> Iterator[None]:
-    """A rival in the place of the UNet's forward for one call: it counts its steps."""
-    made = make()
-    try:
-        yield
-    finally:
-        made.close()
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
@@ -87,13 +67,12 @@ def test_pipeline(benchmark: Any, request: pytest.FixtureRequest, model: str, co
     pipe, names, given = MODELS[model](count)
     fast, *_ = MODELS[model](count)  # a second one with the same weights, so that ours is set up once per comparison
     fast.unet.set_adapters(names)
-    given = {key: value.to(DEVICE) for key, value in given.items()}
 
     def ours() -> torch.Tensor:
         return call(fast, STEPS, given=given)
 
     def loop() -> torch.Tensor:
-        with peer(lambda: Sequential(pipe.unet, names, interval=INTERVAL, dominance=count - 0.5)):
+        with CachedLoop(pipe.unet, names, interval=INTERVAL, dominance=count - 0.5):
             return call(pipe, STEPS, given=given)
 
     def merge() -> torch.Tensor:
@@ -102,7 +81,7 @@ def test_pipeline(benchmark: Any, request: pytest.FixtureRequest, model: str, co
 
     def single_cache() -> torch.Tensor:
         pipe.unet.set_adapters(names)
-        with peer(lambda: Merged(pipe.unet, INTERVAL)):
+        with MergedLoop(pipe.unet, INTERVAL):
             return call(pipe, STEPS, given=given)
 
     composed = {"method": "cmlora", "cache_interval": INTERVAL, **SAME}

@@ -14,6 +14,7 @@ from PIL import Image
 from cmlora import CMLoRAError, accelerate, restore, sprites, summary
 from cmlora.config import CMLoRAConfig
 from cmlora.lab.pictures import labelled_grid
+from cmlora.lab.quiet import leave_out_harmless_messages
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -21,6 +22,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 @app.callback()
 def _commands() -> None:
     """Several LoRAs in one image, as one batch."""
+    leave_out_harmless_messages()
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
+
+from cmlora_kernels.launch import arch_of
+from cmlora_kernels.tiles import has_kernels
+from cmlora_kernels.triton_shim import HAS_TRITON, triton
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -27,17 +33,57 @@ def register(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) ->
 
 
 def use_triton(tensor: torch.Tensor, backend: str) -> bool:
-    """Whether `tensor`'s op runs as Triton: on CUDA and ROCm by default, on the CPU only in Triton's interpreter."""
+    """Whether `tensor`'s op runs as Triton.
+
+    "auto" does on CUDA and ROCm where Triton can run, and says once why it cannot; "triton" insists, on the CPU in
+    Triton's interpreter.
+
+    Raises:
+        ValueError: backend "triton" where no kernel can run, and why.
+    """
     if backend == "torch":
         return False
     if backend == "auto":
-        return tensor.is_cuda
-    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"backend='triton' needs a CUDA or ROCm tensor, got one on {tensor.device}; on a machine without a GPU set "
-            "TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
-        )
+        return tensor.is_cuda and _usable(arch_of(tensor.device))
+    missing = why_not(arch_of(tensor.device)) if tensor.is_cuda else _why_not_on_the_cpu()
+    if missing:
+        raise ValueError(f"backend='triton' cannot run on {tensor.device}: {missing}")
     return True
+
+
+@functools.cache
+def why_not(arch: str) -> str:
+    """Why no kernel can run on a GPU of this target, such as "sm_75"; "" where they can. Asked once per process."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if not has_kernels(arch):
+        return f"the kernels need compute capability 8.0 or newer, got {arch}"
+    try:  # as the first launch would: triton compiles its own helper, for which it needs a C compiler
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return f"triton cannot reach the GPU: {error}"
+    return ""
+
+
+@functools.cache
+def _usable(arch: str) -> bool:
+    missing = why_not(arch)
+    if missing:
+        warnings.warn(
+            f"cmlora_kernels runs in plain torch, without its kernels: {missing}", RuntimeWarning, stacklevel=2
+        )
+    return not missing
+
+
+def _why_not_on_the_cpu() -> str:
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "kernels need a CUDA or ROCm tensor; on a machine without a GPU set TRITON_INTERPRET=1 before the first "
+            "import to run them in Triton's interpreter"
+        )
+    return ""
 
 
 def check_backend(backend: str) -> None:

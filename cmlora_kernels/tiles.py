@@ -93,7 +93,7 @@ CHIPS = {
     "gfx1100": Chip(65_536, 96, 123e12, 123e12 / 6, 0.96e12),  # RX 7900 XTX
 }
 _SMALL_CUDA = Chip(101_376, 82, 142e12, 71e12 / 3, 0.94e12)  # sm_86, sm_89, sm_120: 99 KB a block; RTX 3090's peaks
-_OLD_CUDA = Chip(65_536, 72, 130e12, 16e12, 0.67e12)  # sm_75 and older: no asynchronous copies
+_OLD_CUDA = Chip(65_536, 72, 130e12, 16e12, 0.67e12)  # sm_75 and older: no kernels of ours (`has_kernels`)
 
 
 def chip(arch: str) -> Chip:
@@ -121,7 +121,7 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
     if dtype != torch.float32:
         return "ieee"
     if arch.startswith("sm_"):
-        return "tf32x3" if int(arch.removeprefix("sm_")) >= 80 else "ieee"
+        return "tf32x3"
     return "ieee" if arch.startswith("gfx9") else "bf16x6"  # CDNA multiplies fp32 matrices; RDNA has bf16 only
 
 
@@ -146,6 +146,14 @@ _LINEAR: dict[tuple[str, bool], dict[int, tuple[int, int, int, int]]] = {
     ("wmma", True): {16: (128, 128, 32, 8), 32: (128, 128, 32, 8), 64: (64, 128, 32, 8), 128: (64, 64, 32, 8)},
     ("wmma", False): {16: (32, 64, 16, 4), 32: (32, 64, 16, 4)},
 }
+
+
+def has_kernels(arch: str) -> bool:
+    """Whether there are kernels for a target.
+
+    On sm_75 and older triton (since 3.3) has no matrix instructions, and tiles spill kilobytes: the definitions run.
+    """
+    return not arch.startswith("sm_") or int(arch.removeprefix("sm_")) >= 80
 
 
 def supports(rank: int, dtype: torch.dtype) -> bool:
@@ -296,7 +304,7 @@ def costs(p: Problem, arch: str) -> tuple[Cost, ...]:
         base_flops,
         size * (p.adapters + 1) * weight,  # the bank holds the base weight too
     )
-    if not supports(p.rank, p.dtype):
+    if not supports(p.rank, p.dtype) or not has_kernels(arch):
         down = m * p.rank * p.parts
         shrink = (2.0 * down * p.inner, x + down + weights * update, blas)
         expand = (2.0 * m * p.rank * p.outer, down + 2 * y, blas)

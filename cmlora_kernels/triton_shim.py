@@ -1,7 +1,7 @@
 """triton and triton.language, or, where triton is not installed, stand-ins that let kernel files be imported.
 
 A kernel file does `from cmlora_kernels.triton_shim import tl, triton`. Without triton its @triton.jit functions stay
-plain Python functions that nobody runs: the ops fall back to their torch definitions on the CPU.
+plain Python functions that nobody runs: the ops run their torch definitions (`dispatch.use_triton`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the tests run: two threads, no downloads, the interpreter without a GPU, and data beside the project."""
+"""Where the tests run: on the GPU where there is one, else in the interpreter; two threads, no downloads."""
 
 import os
 from pathlib import Path
@@ -15,6 +15,8 @@ if not torch.cuda.is_available():  # triton reads the switch when a kernel is de
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from tests.skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401
+
 diffusers_logging.set_verbosity_error()
 transformers_logging.set_verbosity_error()
 
@@ -22,11 +24,11 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def shared(name: str) -> Path:
-    """A folder of reference data beside the project; the test is skipped, saying so, where it is absent."""
-    folder = SHARED / name
-    if not folder.is_dir():
-        pytest.skip(f"reference data absent: {folder}")
-    return folder
+    """A file or folder of reference data beside the project; the test is skipped, saying so, where it is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"reference data absent: {path}")
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +37,8 @@ def _no_grad():
         yield
 
 
-@pytest.fixture(scope="session")
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+@pytest.fixture(autouse=True, scope="session")
+def _exact_libraries():
+    """On a GPU float32 is float32, and the same call gives the same bits: tests compare both ways."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True

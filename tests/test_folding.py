@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.counting import Trace
-from benchmarks.folding import (
+from cmlora.lab.bench.counting import Trace
+from cmlora.lab.bench.folding import (
     concat_folds,
     dearer,
     expanding,
@@ -18,7 +18,7 @@ from benchmarks.folding import (
     table,
     wide_folds,
 )
-from benchmarks.roofline import GPUS
+from cmlora.lab.bench.roofline import GPUS
 from cmlora_kernels import gather_concat, multi_lora_linear
 from cmlora_kernels.tiles import linear_tile
 

@@ -6,18 +6,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.counting import Op, Trace
-from benchmarks.roofline import (
+from cmlora.lab.bench.counting import Op, Trace
+from cmlora.lab.bench.roofline import (
     GPUS,
     Assumptions,
     Gpu,
-    assumptions_table,
     predict_all,
-    ratio_table,
     step_time,
     trace_all,
 )
-from benchmarks.steps import MetaPipe
+from cmlora.lab.bench.roofline_tables import assumptions_table, ratio_table
+from cmlora.lab.bench.steps import MetaPipe
 from cmlora_kernels import multi_lora_linear
 
 ROOT = Path(__file__).resolve().parents[1]

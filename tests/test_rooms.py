@@ -20,7 +20,7 @@ RANKS = (  # from the top: a folder of cmlora imports folders of lower ranks and
 )
 BASE = ("config", "errors")  # files beside the front that every room may import; they and compose import no torch
 OUTSIDE = {"sprites": {"sprites", "base"}}  # the shipped model: data and its making; the lab and the cli read it
-ONLY_HERE = {"peft": {"lora", "sprites"}, "matplotlib": {"lab"}}  # sprites: training
+ONLY_HERE = {"peft": {"lora", "sprites", "lab"}, "matplotlib": {"lab"}}  # sprites: training; lab: the peers
 NO_TORCH = ("config.py", "errors.py", "compose/plan.py", "engine/budget.py")
 
 

@@ -28,6 +28,7 @@ from cmlora.lora.stacked import fill_stacked, problems, stack_projections
 from cmlora.lora.winograd import Transforming
 from cmlora.models.family import Batched
 from cmlora_kernels import tiles
+from cmlora_kernels.dispatch import why_not
 from cmlora_kernels.launch import arch_of
 
 
@@ -182,7 +183,7 @@ class Spending:
         counts: collections.Counter[str] = collections.Counter(merged=merged)
         of_layers = {id(layer) for layer, _, _ in self.merging.layers} if self.merging.on else set()
         arch, backend = arch_of(self.device), self.config.backend
-        triton = backend == "triton" or (backend == "auto" and self.device.type == "cuda")
+        triton = backend == "triton" or (backend == "auto" and self.device.type == "cuda" and not why_not(arch))
         for layer, problem in ran:
             if id(layer) not in of_layers:
                 counts[tiles.choose(problem, arch).strategy if triton else "definition"] += 1

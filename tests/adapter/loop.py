@@ -1,86 +1,32 @@
-"""The peer of these tests: the pipeline's own UNet called once per adapter, with a cache in between."""
+"""Two adapters on a tiny pipeline, and comparisons with the peer: the pipeline's own UNet called once per adapter."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 
-import diffusers
 import pytest
 import torch
 
 import cmlora
-from tests.models import EVERYTHING, add_lora, call, relative, sd_unet
+from cmlora.lab.bench.loop import Loop
+from cmlora.lab.bench.tiny import EVERYTHING, SMALL, add_lora, call, relative, sd_unet
 
 NAMES, WEIGHTS = ("a", "b"), (0.8, 1.2)
 
 EXACT = 1e-5
 
 
-class Loop:
-    """Stands in for the UNet's forward: N predictions, one adapter after the other, and their weighted mean.
-
-    Args:
-        interval: every so many calls refresh the features that enter the up path at `branch`.
-        dominance: weight of the adapter that alone is refreshed, in turn; None: a plain mean, all are refreshed.
-    """
-
-    def __init__(self, unet, interval=1, branch=None, dominance=None):
-        self.unet, self.interval, self.dominance = unet, interval, dominance
-        self.calls, self.kept, self.original = 0, {}, unet.forward
-        layer, block = branch or (0, len(unet.down_blocks[0].resnets) - 1)
-        skip = block + sum(len(b.resnets) + len(b.downsamplers or ()) for b in unet.down_blocks[:layer])
-        resnets = [r for b in unet.up_blocks for r in b.resnets]
-        self.entry, below = resnets[-skip - 2], resnets[-skip - 3 : -skip - 2] or [unet.mid_block.resnets[-1]]
-        self.channels = below[0].out_channels
-
-    def __enter__(self):
-        self.unet.forward = self
-        return self
-
-    def __exit__(self, *_):
-        del self.unet.__dict__["forward"]
-        self.unet.set_adapters(list(NAMES), list(WEIGHTS))
-
-    def __call__(self, *args, return_dict=True, **kwargs):
-        refreshing = self.calls % self.interval == 0
-        dominant = NAMES[self.calls // self.interval % len(NAMES)]
-        seen = {}
-        for name, weight in zip(NAMES, WEIGHTS, strict=True):
-            self.unet.set_adapters([name], [weight])
-            full = self.calls == 0 or self.interval == 1
-            full = full or (refreshing and (self.dominance is None or name == dominant))
-            hook = functools.partial(self._keep if full else self._put, name)
-            handle = self.entry.register_forward_pre_hook(hook)
-            try:
-                # diffusers empties the lists that it is given
-                own = {k: list(v) if isinstance(v, list) else v for k, v in kwargs.items()}
-                seen[name] = self.original(*args, **own, return_dict=False)[0]
-            finally:
-                handle.remove()
-        self.calls += 1
-        boost = self.dominance or 1.0
-        total = sum((boost if name == dominant else 1.0) * seen[name] for name in NAMES)
-        noise = total / (boost + len(NAMES) - 1)
-        return diffusers.models.unets.unet_2d_condition.UNet2DConditionOutput(noise) if return_dict else (noise,)
-
-    def _keep(self, name, module, inputs):
-        self.kept[name] = inputs[0][:, : self.channels].clone()
-
-    def _put(self, name, module, inputs):
-        kept, hidden = self.kept[name], inputs[0]
-        batch = hidden.shape[0]  # guidance that was switched off leaves the conditional half, which is the last one
-        return torch.cat([kept[-batch:], hidden[:, self.channels :]], 1), *inputs[1:]
+@contextlib.contextmanager
+def peer(pipe, interval=2, **how):
+    """One adapter after the other in the place of the UNet's forward; afterwards both are active again."""
+    with Loop(pipe.unet, NAMES, WEIGHTS, interval=interval, **how) as loop:
+        yield loop
+    pipe.unet.set_adapters(list(NAMES), list(WEIGHTS))
 
 
 def small_unet(**overrides):
     """Two levels, a layer each: for what does not depend on the number of blocks."""
-    levels = {
-        "layers_per_block": 1,
-        "block_out_channels": (16, 32),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    return sd_unet(**(levels | overrides))
+    return sd_unet(**(SMALL | overrides))
 
 
 def with_loras(pipe):
@@ -92,7 +38,7 @@ def with_loras(pipe):
 
 def composite_equals_loop(pipe, run, interval=2, branch=None):
     """`run(pipe)` under the peer and under ours; the same tensors out of both."""
-    with Loop(pipe.unet, interval, branch):
+    with peer(pipe, interval, branch=branch):
         want = run(pipe)
     with cmlora.accelerated(pipe, method="composite", combine="mean", cache_interval=interval, cache_branch=branch):
         got = run(pipe)
@@ -102,7 +48,7 @@ def composite_equals_loop(pipe, run, interval=2, branch=None):
 
 
 def cmlora_equals_loop(pipe, run, interval=2):
-    with Loop(pipe.unet, interval, dominance=1.5):
+    with peer(pipe, interval, dominance=1.5):
         want = run(pipe)
     settings = {"partition": "offline", "offline_boundary": 1.0, "dominant_decay": 0.0, "cache_interval": interval}
     with cmlora.accelerated(pipe, method="cmlora", combine="mean", **settings):
@@ -117,8 +63,8 @@ def merge_equals_plain(pipe, run):
     assert relative(got, want) < EXACT
 
 
-def loop(pipe, run, interval=2, **settings):
-    with Loop(pipe.unet, interval, **settings):
+def loop(pipe, run, interval=2, **how):
+    with peer(pipe, interval, **how):
         return run(pipe)
 
 

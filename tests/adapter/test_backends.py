@@ -3,36 +3,24 @@
 import torch
 
 import cmlora
+from cmlora.lab.bench.tiny import ATTENTION, SMALL, call, embeddings, relative, three_adapters
 from cmlora.models.unet.conditions import Inputs
-from tests.models import EVERYTHING, add_lora, call, embeddings, relative, sd_pipe, sd_unet
-
-
-def small_pipe(pattern):
-    unet = sd_unet(
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    pipe = sd_pipe(unet)
-    for i, name in enumerate(("character", "style", "background")):
-        add_lora(unet, name, rank=2 + i, pattern=pattern, seed=i + 1)
-    return pipe
 
 
 def test_online_steps_through_the_kernels_equal_the_definitions():
-    pipe = small_pipe(EVERYTHING)
+    """Linear layers alone and stacked, convolutions of 1 and 3 taps; without guidance, for the interpreter is slow."""
+    pipe = three_adapters(r"(to_q|to_k|to_v|to_out\.0|net\.2|conv1|conv_shortcut)$", **SMALL)
     given = embeddings(pipe, size=(8, 8))
     images = []
     for backend in ("torch", "triton"):
         cmlora.accelerate(pipe, partition="online", online_gate=1.0, cache_interval=2, backend=backend)
-        images.append(call(pipe, 3, given=given))
+        images.append(call(pipe, 3, guidance=1.0, given=given))
     assert relative(images[1], images[0]) < 1e-5
 
 
 def test_a_step_is_one_graph():
     """torch.compile(fullgraph=True) of a refresh and of a reuse step, as their callers will compile them."""
-    pipe = small_pipe(r"(to_q|to_k|to_v|to_out\.0)$")
+    pipe = three_adapters(ATTENTION, **SMALL)
     cmlora.accelerate(pipe, partition="offline", offline_boundary=1.0, cache_interval=2)
     call(pipe, 3)
     denoiser = pipe.unet.forward.cmlora.denoiser

@@ -12,8 +12,8 @@ from diffusers import StableDiffusionPAGPipeline, UNet2DConditionModel
 from diffusers.callbacks import SDCFGCutoffCallback
 
 import cmlora
+from cmlora.lab.bench.tiny import DEVICE, add_lora, call, embeddings, relative, sd_pipe
 from tests.adapter.loop import EXACT, loop, refused, small_unet, with_loras
-from tests.models import add_lora, call, embeddings, relative, sd_pipe
 
 SEVERAL = ("composite", "cmlora")
 
@@ -194,7 +194,7 @@ def test_perturbed_attention_guidance():
 def test_timestep_from_elsewhere(sd):
     given, want = embeddings(sd), loop(sd, lambda p: call(p, 2))
     cmlora.accelerate(sd, method="composite", combine="mean")
-    sd.scheduler.set_timesteps(4)
+    sd.scheduler.set_timesteps(4, device=DEVICE)
     for timestep in (torch.tensor(981), 981, sd.scheduler.timesteps[0].clone()):
         with pytest.raises(cmlora.RunError, match=r"element of pipe\.scheduler\.timesteps.*set_timesteps"):
             sd.unet(given["latents"], timestep, given["prompt_embeds"])
@@ -204,7 +204,7 @@ def test_timestep_from_elsewhere(sd):
 def test_unet_called_once_per_guidance_half(sd):
     given, want = embeddings(sd), loop(sd, lambda p: call(p, 2))
     cmlora.accelerate(sd, method="composite", combine="mean")
-    sd.scheduler.set_timesteps(4)
+    sd.scheduler.set_timesteps(4, device=DEVICE)
     t = sd.scheduler.timesteps[0]
     sd.unet(given["latents"], t, given["prompt_embeds"])
     with pytest.raises(cmlora.RunError, match=r"called twice for one timestep.*one call per step"):
@@ -256,7 +256,7 @@ def test_diffusers_own_cut_off_with_the_online_gate(sd):
 def test_a_batch_that_changes_otherwise(sd):
     given, want = embeddings(sd), loop(sd, lambda p: call(p, 2))
     cmlora.accelerate(sd, method="composite", combine="mean")
-    sd.scheduler.set_timesteps(4)
+    sd.scheduler.set_timesteps(4, device=DEVICE)
     first, second, *_ = sd.scheduler.timesteps
     x, context = given["latents"], given["prompt_embeds"]
     for other in (x.repeat(3, 1, 1, 1), x[..., :8]):

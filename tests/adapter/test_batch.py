@@ -1,10 +1,13 @@
 """The batch computes what a loop over the adapters computes, on SDXL's structure, ranks mixed, with convolutions."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 import cmlora
-from tests.models import ATTENTION, EVERYTHING, Sequential, add_lora, call, embeddings, relative, sdxl_pipe
+from cmlora.lab.bench.loop import CachedLoop
+from cmlora.lab.bench.tiny import ATTENTION, DEVICE, EVERYTHING, add_lora, call, embeddings, relative, sdxl_pipe
 
 STAGE = {"partition": "offline", "offline_boundary": 1.0, "dominant_decay": 0}
 KINDS = (  # rank, alpha, layers
@@ -16,86 +19,95 @@ KINDS = (  # rank, alpha, layers
 )
 
 
-def pipe_with(count):
+NAMES = tuple(f"lora_{i}" for i in range(len(KINDS)))
+WEIGHTS = (1.0, 0.5, 1.3, 0.8, 0.7)
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    """Every test says which of its adapters are active."""
     pipe = sdxl_pipe()
-    names = [
-        add_lora(pipe.unet, f"lora_{i}", rank, alpha, pattern, seed=i + 1)
-        for i, (rank, alpha, pattern) in enumerate(KINDS[:count])
-    ]
-    return pipe, names
+    for i, (rank, alpha, pattern) in enumerate(KINDS):
+        add_lora(pipe.unet, NAMES[i], rank, alpha, pattern, seed=i + 1)
+    return pipe
 
 
-def peer(count, weights, **how):
-    pipe, names = pipe_with(count)
-    sequential = Sequential(pipe.unet, names, weights, **how)
-    return call(pipe, 5), sequential
+def ours(pipe, steps=5, **config):
+    """The latents, and the summary of the run."""
+    with cmlora.accelerated(pipe, **config):
+        return call(pipe, steps), cmlora.summary(pipe)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
-def test_cmlora_with_cache_equals_the_loop(count):
-    weights = [1.0, 0.5, 1.3, 0.8, 0.7][:count]
-    want, sequential = peer(count, weights, interval=2, dominance=count - 0.5)
-    pipe, names = pipe_with(count)
-    pipe.set_adapters(names, weights)
-    cmlora.accelerate(pipe, combine="mean", cache_interval=2, **STAGE)
-    assert relative(call(pipe, 5), want) < 1e-5
-    full = [step.rows_full // 2 for step in cmlora.summary(pipe).steps]
-    assert full == [len(passes) for passes in sequential.full_passes]
+def test_cmlora_with_cache_equals_the_loop(sdxl, count):
+    names, weights = NAMES[:count], WEIGHTS[:count]
+    with CachedLoop(sdxl.unet, names, weights, interval=2, dominance=count - 0.5) as loop:
+        want = call(sdxl, 5)
+    sdxl.set_adapters(list(names), list(weights))
+    got, summary = ours(sdxl, combine="mean", cache_interval=2, **STAGE)
+    assert relative(got, want) < 1e-5
+    assert [step.rows_full // 2 for step in summary.steps] == [len(passes) for passes in loop.full_passes]
 
 
 @pytest.mark.parametrize("interval", [1, 2])
 @pytest.mark.parametrize(("combine", "follow"), [("mean", False), ("deviation", False), ("deviation", True)])
 @pytest.mark.parametrize("method", ["composite", "cmlora"])
-def test_every_combination_equals_the_loop(method, combine, follow, interval):
+def test_every_combination_equals_the_loop(sdxl, method, combine, follow, interval):
     dominance = 2.5 if method == "cmlora" else None
     how = {"interval": interval, "dominance": dominance, "deviation": combine == "deviation", "follow": follow}
-    want, _ = peer(3, None, **how)
-    pipe, names = pipe_with(3)
-    pipe.set_adapters(names)
-    config = {"method": method, "combine": combine, "cache_follow": follow, "cache_interval": interval}
-    cmlora.accelerate(pipe, **config, **STAGE)
-    assert relative(call(pipe, 5), want) < 1e-5
+    with CachedLoop(sdxl.unet, NAMES[:3], WEIGHTS[:3], **how):
+        want = call(sdxl, 5)
+    sdxl.set_adapters(list(NAMES[:3]), list(WEIGHTS[:3]))
+    got, _ = ours(sdxl, method=method, combine=combine, cache_follow=follow, cache_interval=interval, **STAGE)
+    assert relative(got, want) < 1e-5
 
 
-def test_every_row_alone_equals_a_plain_call_with_its_adapter():
-    pipe, names = pipe_with(5)
-    given = embeddings(pipe, images=2)
-    time_ids = torch.tensor([[128.0, 128, 0, 0, 128, 128]]).repeat(2, 1)
+def rows_of_a_step(pipe, given, **config):
+    """What the UNet predicts in its first step, row for row: [adapters * images, 4, height, width]."""
+    images = len(given["latents"])
+    time_ids = torch.tensor([[128.0, 128, 0, 0, 128, 128]], device=DEVICE).repeat(images, 1)
     added = {"text_embeds": given["pooled_prompt_embeds"], "time_ids": time_ids}
-    pipe.scheduler.set_timesteps(3)
-    t = pipe.scheduler.timesteps[0]
-    plain = []
-    for name in names:
-        pipe.unet.set_adapters([name])
-        plain.append(pipe.unet(given["latents"], t, given["prompt_embeds"], added_cond_kwargs=added).sample)
-    pipe.unet.set_adapters(names)
-    cmlora.accelerate(pipe, method="composite", combine="mean")
+    pipe.scheduler.set_timesteps(3, device=DEVICE)
     noises = []
     hook = pipe.unet.conv_out.register_forward_hook(lambda module, inputs, output: noises.append(output))
-    pipe.unet(given["latents"], t, given["prompt_embeds"], added_cond_kwargs=added)
+    with cmlora.accelerated(pipe, **config) if config else nullcontext():
+        pipe.unet(given["latents"], pipe.scheduler.timesteps[0], given["prompt_embeds"], added_cond_kwargs=added)
     hook.remove()
-    for row, want in zip(noises[0].chunk(5), plain, strict=True):
+    return torch.cat(noises)
+
+
+def test_every_row_alone_equals_a_plain_call_with_its_adapter(sdxl):
+    given, plain = embeddings(sdxl, images=2), []
+    for name, weight in zip(NAMES, WEIGHTS, strict=True):
+        sdxl.unet.set_adapters([name], [weight])
+        plain.append(rows_of_a_step(sdxl, given))
+    sdxl.unet.set_adapters(list(NAMES), list(WEIGHTS))
+    rows = rows_of_a_step(sdxl, given, method="composite", combine="mean")
+    for row, want in zip(rows.chunk(len(NAMES)), plain, strict=True):
         assert relative(row, want) < 1e-5
 
 
-def test_permuting_the_adapters_permutes_nothing_but_the_rows():
-    pipe, names = pipe_with(4)
-    images = []
-    for order in (names, names[::-1]):
-        cmlora.accelerate(pipe, method="composite", adapters=order, cache_interval=2)
-        images.append(call(pipe))
+def test_permuting_the_adapters_permutes_nothing_but_the_rows(sdxl):
+    """With weights that differ: a row that took another's adapter or weight would be seen."""
+    names, given = NAMES[:4], embeddings(sdxl)
+    sdxl.set_adapters(list(names), list(WEIGHTS[:4]))
+    rows, images = [], []
+    for order in (names, (names[2], names[0], names[3], names[1])):
+        step = rows_of_a_step(sdxl, given, method="composite", combine="mean", adapters=order)
+        rows.append(dict(zip(order, step, strict=True)))
+        images.append(ours(sdxl, 4, method="composite", adapters=order, cache_interval=2)[0])
+    for name in names:
+        assert relative(rows[1][name], rows[0][name]) < 1e-6
+        assert all(relative(rows[0][name], rows[0][other]) > 1e-3 for other in names if other != name)
     assert relative(images[1], images[0]) < 1e-5
 
 
-def test_merge_equals_peft_with_all_adapters_active():
-    pipe, names = pipe_with(5)
-    pipe.set_adapters(names, [0.9, 0.4, 1.2, 0.3, 0.8])
-    want = call(pipe)
-    cmlora.accelerate(pipe, method="merge", cache_interval=1)
-    assert relative(call(pipe), want) < 1e-5
+def test_merge_equals_peft_with_all_adapters_active(sdxl):
+    sdxl.set_adapters(list(NAMES), [0.9, 0.4, 1.2, 0.3, 0.8])
+    want = call(sdxl)
+    assert relative(ours(sdxl, 4, method="merge", cache_interval=1)[0], want) < 1e-5
 
 
-def test_same_seed_same_image():
-    pipe, _ = pipe_with(3)
-    cmlora.accelerate(pipe)
-    assert torch.equal(call(pipe), call(pipe))
+def test_same_seed_same_image(sdxl):
+    sdxl.set_adapters(list(NAMES[:3]), list(WEIGHTS[:3]))
+    assert torch.equal(ours(sdxl, 4)[0], ours(sdxl, 4)[0])

@@ -10,8 +10,8 @@ from diffusers import UNet2DConditionModel
 from peft.utils.hotswap import hotswap_adapter_from_state_dict
 
 import cmlora
+from cmlora.lab.bench.tiny import DEVICE, EVERYTHING, add_lora, call, relative, sd_pipe
 from tests.adapter.loop import EXACT, loop, refused, small_unet, with_loras
-from tests.models import EVERYTHING, add_lora, call, relative, sd_pipe
 
 
 @pytest.fixture
@@ -160,8 +160,15 @@ def test_offload_hook_and_restore_in_each_order(sd, hook_first, restore_first):
     assert sd.unet.forward.__func__ is UNet2DConditionModel.forward
 
 
-def test_sequential_offload_is_refused(sd):
+@pytest.fixture
+def sd_on_the_cpu():
+    """The CPU stands in for the GPU of offload hooks."""
+    return with_loras(sd_pipe(small_unet(), device="cpu"))
+
+
+def test_sequential_offload_is_refused(sd_on_the_cpu):
     """Its weights lie on no device between calls, so nothing can be stacked."""
+    sd = sd_on_the_cpu
     plain = call(sd, 1)
     accelerate.cpu_offload(sd.unet, execution_device=torch.device("cpu"))
     refused(sd, cmlora.AdapterError, "meta", "enable_model_cpu_offload", method="composite")
@@ -170,8 +177,9 @@ def test_sequential_offload_is_refused(sd):
 
 
 @pytest.mark.parametrize("offload_first", [True, False])
-def test_model_offload_of_the_pipeline(sd, offload_first, monkeypatch):
-    """The CPU stands in for the GPU; diffusers calls it cpu:0, which torch takes for another device than its own."""
+def test_model_offload_of_the_pipeline(sd_on_the_cpu, offload_first, monkeypatch):
+    """Diffusers calls the CPU cpu:0, which torch takes for another device than its own."""
+    sd = sd_on_the_cpu
     original = accelerate.cpu_offload_with_hook
 
     def on_the_cpu(model, device, prev_module_hook=None):
@@ -192,7 +200,7 @@ def test_model_offload_of_the_pipeline(sd, offload_first, monkeypatch):
 
 def test_autocast_is_refused_by_name(sd):
     cmlora.accelerate(sd, method="composite", combine="mean")
-    with torch.autocast("cpu"), pytest.raises(cmlora.RunError, match="torch_dtype"):
+    with torch.autocast(DEVICE), pytest.raises(cmlora.RunError, match="torch_dtype"):
         call(sd, 1)
     want = loop(cmlora.restore(sd), lambda p: call(p, 2))
     cmlora.accelerate(sd, method="composite", combine="mean")

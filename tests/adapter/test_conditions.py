@@ -13,16 +13,16 @@ import pytest
 import torch
 
 import cmlora
+from cmlora.lab.bench.tiny import DEVICE, EVERYTHING, add_lora, call, embeddings, relative, sd_pipe, sdxl_pipe
 from tests.adapter.loop import (
     EXACT,
-    Loop,
     cmlora_equals_loop,
     composite_equals_loop,
     merge_equals_plain,
+    peer,
     small_unet,
     with_loras,
 )
-from tests.models import EVERYTHING, add_lora, call, embeddings, relative, sd_pipe, sdxl_pipe
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +89,10 @@ def test_half_precision_is_no_further_off_than_the_loop(small, dtype):
     def run(pipe):
         return call(pipe, 3, given={k: v.to(pipe.unet.dtype) for k, v in given.items()}).float()
 
-    with Loop(small.unet, 2):
+    with peer(small):
         exact = run(small)
     low = with_loras(sd_pipe(small_unet())).to(dtype=dtype)
-    with Loop(low.unet, 2):
+    with peer(low):
         loop = run(low)
     cmlora.accelerate(low, method="composite", combine="mean", cache_interval=2)
     got = call(low, 3, given={k: v.to(dtype) for k, v in given.items()})
@@ -142,7 +142,7 @@ def test_every_evaluation_of_a_scheduler_is_a_step(small, name):
         return call(pipe, 3, generator=torch.Generator().manual_seed(0))
 
     try:
-        with Loop(small.unet, 2) as loop:
+        with peer(small) as loop:
             want = run(small)
         cmlora.accelerate(small, method="composite", combine="mean", cache_interval=2)
         got = run(small)
@@ -163,7 +163,7 @@ def test_denoising_end_then_a_longer_loop(sdxl):
         other = diffusers.StableDiffusionXLPipeline.from_pipe(sdxl)
         other.set_progress_bar_config(disable=True)
         got = call(other, 6, given=given)
-    with Loop(sdxl.unet, 2):
+    with peer(sdxl):
         assert relative(got, call(sdxl, 6, given=given)) < EXACT
 
 
@@ -176,7 +176,7 @@ def test_callback_and_interrupt_leave_nothing_behind(small):
         return tensors
 
     bigger = embeddings(small, 2, size=(8, 24))
-    with Loop(small.unet, 3):
+    with peer(small, 3):
         want = call(small, 5, given=bigger)
     with cmlora.accelerated(small, method="composite", combine="mean", cache_interval=3):
         call(small, 4, callback_on_step_end=watch)
@@ -199,23 +199,23 @@ def test_custom_loop(small):
     def run(pipe, again=1):
         for _ in range(again):
             x = given["latents"]
-            pipe.scheduler.set_timesteps(4)
+            pipe.scheduler.set_timesteps(4, device=DEVICE)
             for t in pipe.scheduler.timesteps:
                 noise = pipe.unet(x, t.expand(1), encoder_hidden_states=given["prompt_embeds"]).sample
                 x = pipe.scheduler.step(noise, t, x).prev_sample
         return x
 
     composite_equals_loop(small, run)
-    with Loop(small.unet, 2):
+    with peer(small):
         want = run(small)
     with cmlora.accelerated(small, method="composite", combine="mean"):
         assert relative(run(small, again=2), want) < EXACT
 
 
 def test_two_pipelines_in_one_process(small, sdxl):
-    with Loop(small.unet, 2):
+    with peer(small):
         want = call(small, 3)
-    with Loop(sdxl.unet, 2):
+    with peer(sdxl):
         want_xl = call(sdxl, 3)
     with (
         cmlora.accelerated(small, method="composite", combine="mean"),
@@ -229,6 +229,7 @@ def test_two_pipelines_in_one_process(small, sdxl):
 
         got = call(small, 3, callback_on_step_end=other)
     assert relative(got, want) < EXACT
+    assert len(inner) == 3
     assert all(relative(x, want_xl) < EXACT for x in inner)
 
 
@@ -237,7 +238,7 @@ def test_pipelines_that_share_a_unet(drop):
     first = with_loras(sd_pipe(small_unet()))
     second = diffusers.StableDiffusionPipeline.from_pipe(first)
     second.set_progress_bar_config(disable=True)
-    with Loop(first.unet, 2):
+    with peer(first):
         want = call(second, 3)
     unet = first.unet
     cmlora.accelerate(first, method="composite", combine="mean")

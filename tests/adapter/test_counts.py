@@ -1,14 +1,17 @@
 """What a step costs, counted: device operations, host reads, floating-point operations; on SD1.5 itself, on `meta`."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import cmlora
-from benchmarks.counting import Operations
-from benchmarks.steps import MetaPipe
+from cmlora.lab.bench.counting import Operations
+from cmlora.lab.bench.loop import CachedLoop
+from cmlora.lab.bench.steps import MetaPipe
+from cmlora.lab.bench.tiny import ATTENTION, EVERYTHING, add_lora, call, sd_pipe
 from cmlora_kernels.flops import FLOPS
-from tests.models import ATTENTION, EVERYTHING, Sequential, add_lora, call, sd_pipe
 
 
 def pipe_with(count):
@@ -19,12 +22,16 @@ def pipe_with(count):
     return pipe, names
 
 
-def per_step(pipe, short=2, long=6):
-    """Operations and host reads of a step, averaged over whole calls; what a call costs once falls out."""
+def per_step(pipe, peer_of=None, short=2, long=6):
+    """Operations and host reads of a step, averaged over whole calls; what a call costs once falls out.
+
+    peer_of: adapters of the loop that runs in the place of the UNet's forward.
+    """
     counted = []
     for steps in (short, long):
         call(pipe, steps)
-        with Operations() as operations:
+        peer = CachedLoop(pipe.unet, peer_of, interval=2, dominance=len(peer_of) - 0.5) if peer_of else nullcontext()
+        with peer, Operations() as operations:
             call(pipe, steps)
         counted.append((operations.total, operations.seen["_local_scalar_dense"]))
     return [(b - a) / (long - short) for a, b in zip(*counted, strict=True)]
@@ -41,24 +48,11 @@ def counts():
     }
     counted = {"plain": per_step(sd_pipe())}
     for n in (2, 5, 8):
-        pipe, names = pipe_with(n)
+        pipe, _ = pipe_with(n)
         cmlora.accelerate(pipe, **stage)
         counted[n] = per_step(pipe)
-    pipe, names = pipe_with(5)
-    Sequential(pipe.unet, names, interval=2, dominance=4.5)
-    counted["loop"] = per_step_of_loop(pipe, names)
+    counted["loop"] = per_step(*pipe_with(5))
     return counted
-
-
-def per_step_of_loop(pipe, names):
-    counted = []
-    for steps in (2, 6):
-        pipe.unet.__dict__.pop("forward", None)
-        Sequential(pipe.unet, names, interval=2, dominance=4.5)
-        with Operations() as operations:
-            call(pipe, steps)
-        counted.append((operations.total, 0))
-    return [(b - a) / 4 for a, b in zip(*counted, strict=True)]
 
 
 def test_device_operations_are_at_most_a_fifth_of_the_loops(counts):

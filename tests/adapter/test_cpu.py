@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.attention import FeedForward
+from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmlora
+from cmlora.lab.bench.tiny import ATTENTION, EVERYTHING, SMALL, call, relative, three_adapters
 from cmlora.lora import merged, winograd
+from cmlora.lora.merged import Merging
 from cmlora.models.unet import layers as transformer
 from cmlora_kernels import cpu_linear
-from tests.models import ATTENTION, EVERYTHING, call, relative, three_adapters
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = (
@@ -31,7 +33,7 @@ METHODS = (
 
 @pytest.mark.parametrize("choice", METHODS, ids=lambda choice: next(iter(choice.values())))
 def test_merged_weights_give_what_low_rank_updates_give(choice):
-    pipe = three_adapters(EVERYTHING)
+    pipe = three_adapters(EVERYTHING, device="cpu")
     images = []
     for merge in (False, True):
         cmlora.accelerate(pipe, merge_weights=merge, cache_interval=2, **choice)
@@ -43,7 +45,7 @@ def test_merged_weights_give_what_low_rank_updates_give(choice):
 def test_weights_are_merged_again_only_where_adapters_changed(monkeypatch):
     merges = []
     monkeypatch.setattr(merged, "merge_weights", lambda *a: merges.append(a) or _merge(*a))
-    pipe = three_adapters(ATTENTION)
+    pipe = three_adapters(ATTENTION, device="cpu")
     cmlora.accelerate(pipe)
     call(pipe, 1)
     once = len(merges)
@@ -59,14 +61,29 @@ def test_weights_are_merged_again_only_where_adapters_changed(monkeypatch):
 _merge = merged.merge_weights
 
 
-def test_weights_that_would_outgrow_the_unet_are_not_merged_unless_asked_for():
-    pipe = three_adapters(ATTENTION)
+def test_linear_layers_that_run_in_every_step_are_merged():
+    """q, k, v of 16 self-attentions are one layer each; the 32 that make the prompt's keys and values run once."""
+    pipe = three_adapters(EVERYTHING, device="cpu")
+    cmlora.accelerate(pipe, merge_weights=True)
+    call(pipe, 1)
+    every = 16 + sum(isinstance(module, PeftLinear) for module in pipe.unet.modules()) - 3 * 16
+    assert cmlora.summary(pipe).strategies == {"merged": every - 32, "definition": 32}
+
+
+@pytest.mark.parametrize(("asked", "merged"), [(None, False), (True, True)], ids=["unasked", "asked"])
+def test_weights_that_would_outgrow_the_unet_are_not_merged_unless_asked_for(asked, merged, monkeypatch):
+    pipe = three_adapters(ATTENTION, device="cpu", **SMALL)
     cmlora.accelerate(pipe)
     call(pipe, 1)
-    denoiser = pipe.unet.forward.cmlora.denoiser
-    assert denoiser.spending.may_merge
-    denoiser.spending.merging.layers *= 100
-    assert not denoiser.spending.may_merge
+    assert "merged" in cmlora.summary(pipe).strategies, "they do not outgrow it"
+    monkeypatch.setattr(Merging, "bytes", unet_bytes(pipe) + 1)
+    cmlora.accelerate(pipe, merge_weights=asked)
+    call(pipe, 1)
+    assert ("merged" in cmlora.summary(pipe).strategies) == merged
+
+
+def unet_bytes(pipe):
+    return sum(parameter.nbytes for parameter in pipe.unet.parameters())
 
 
 @pytest.mark.parametrize("chunk", [1, 3000, 2**24], ids=["a line", "some lines", "all"])
@@ -92,7 +109,7 @@ def wide(monkeypatch):
 @pytest.mark.parametrize("pattern", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
 def test_transformed_convolutions_change_no_image_and_leave_with_restore(pattern, wide):
     """Those that carry adapters stay as they are."""
-    pipe = three_adapters(pattern)
+    pipe = three_adapters(pattern, device="cpu")
     images, direct = [], []
     for choice in (False, True):
         cmlora.accelerate(pipe, winograd=choice, cache_interval=2)
@@ -131,7 +148,7 @@ def test_a_transformed_convolution_follows_its_layer(wide):
 
 
 def test_a_feed_forward_in_parts_changes_no_image(monkeypatch):
-    pipe = three_adapters(ATTENTION)
+    pipe = three_adapters(ATTENTION, device="cpu")
     cmlora.accelerate(pipe, cache_interval=2)
     want = call(pipe, 3)
     sizes = []
@@ -193,15 +210,18 @@ def test_only_large_linear_layers_in_float32_are_convolutions():
         assert len(seen.inputs) == expected
 
 
-def test_transformed_weights_that_would_outgrow_twice_the_unet_are_not_made_unless_asked_for(wide):
-    pipe = three_adapters(ATTENTION)
+@pytest.mark.parametrize(("asked", "made"), [(None, False), (True, True)], ids=["unasked", "asked"])
+def test_transformed_weights_that_would_outgrow_twice_the_unet_are_not_made_unless_asked_for(
+    asked, made, wide, monkeypatch
+):
+    pipe = three_adapters(ATTENTION, device="cpu", **SMALL)
     cmlora.accelerate(pipe)
     call(pipe, 1)
-    denoiser = pipe.unet.forward.cmlora.denoiser
-    assert denoiser.spending.may_transform
-    assert "convolutions transformed" in str(cmlora.summary(pipe))
-    denoiser.spending.transforming.layers *= 100
-    assert not denoiser.spending.may_transform
+    assert "convolutions transformed" in str(cmlora.summary(pipe)), "they do not outgrow it"
+    monkeypatch.setattr(winograd.Transforming, "bytes", 2 * unet_bytes(pipe) + 1)
+    cmlora.accelerate(pipe, winograd=asked)
+    call(pipe, 1)
+    assert ("convolutions transformed" in str(cmlora.summary(pipe))) == made
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
@@ -217,9 +237,9 @@ def test_a_run_on_the_cpu_makes_hardly_any_page_anew():
 COUNT_FAULTS = """
 import resource
 import cmlora
-from tests.models import ATTENTION, call, three_adapters
+from cmlora.lab.bench.tiny import ATTENTION, call, three_adapters
 
-pipe = three_adapters(ATTENTION)
+pipe = three_adapters(ATTENTION, device="cpu")
 cmlora.accelerate(pipe)
 for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -242,7 +262,7 @@ class Convolutions(TorchDispatchMode):
 
 
 def test_channels_stay_innermost_from_the_first_convolution_to_the_last():
-    pipe = three_adapters(ATTENTION)
+    pipe = three_adapters(ATTENTION, device="cpu")
     cmlora.accelerate(pipe, cache_interval=2)
     with Convolutions() as seen:
         call(pipe, 3)

@@ -11,9 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import cmlora
 from cmlora.engine.graphs import capture_cuda
-from tests.models import ATTENTION, SMALL, noises, three_adapters
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from cmlora.lab.bench.tiny import ATTENTION, DEVICE, SMALL, noises, three_adapters
 
 
 class Tape(TorchDispatchMode):
@@ -57,7 +55,7 @@ class Captures:
 
 
 def accelerated(**choice):
-    pipe = three_adapters(ATTENTION, **SMALL).to(DEVICE)
+    pipe = three_adapters(ATTENTION, **SMALL)
     cmlora.accelerate(pipe, **choice)
     if choice.get("cuda_graphs"):
         pipe.unet.forward.cmlora.denoiser.spending.capture = Captures()
@@ -165,7 +163,9 @@ def test_a_step_in_steady_state_allocates_nothing_but_what_it_hands_out():
         assert fresh is handed_out
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a failed assertion on the device ends the process's use of it")
+@pytest.mark.skipif(
+    DEVICE == "cuda", reason="needs a machine without a GPU: a failed assertion ends the process's use of it"
+)
 @pytest.mark.parametrize("graphs", [False, True])
 def test_guidance_halves_that_part_in_mid_run_are_an_error(graphs):
     """In a run's first step they may differ: they are then rows of their own."""
@@ -194,9 +194,8 @@ def test_hooks_and_foreign_processors_run_eagerly():
     assert pipe.unet.forward.cmlora.denoiser.spending.capture.made == 0
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="says what happens without CUDA")
 def test_without_cuda_the_call_says_so():
-    pipe = three_adapters(ATTENTION, **SMALL)
+    pipe = three_adapters(ATTENTION, device="cpu", **SMALL)
     cmlora.accelerate(pipe, cuda_graphs=True)
     with pytest.raises(cmlora.RunError, match="needs a pipeline on a CUDA device, got one on cpu"):
         noises(pipe)

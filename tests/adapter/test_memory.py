@@ -7,7 +7,7 @@ import torch
 
 import cmlora
 from cmlora.engine.budget import Strategy, choose, strategies
-from tests.models import ATTENTION, EVERYTHING, SMALL, noises, relative, three_adapters
+from cmlora.lab.bench.tiny import ATTENTION, EVERYTHING, SMALL, noises, relative, three_adapters
 
 CHOICES = (
     {"method": "no_lora"},
@@ -47,7 +47,7 @@ def test_fewer_rows_than_the_pipelines_own_batch_are_refused():
 
 
 def measured_peak(pipe, **how):
-    """Bytes that were alive together in a run, as torch's profiler saw the allocator, and the adapters' before it."""
+    """Bytes alive together in a run on the CPU, as torch's profiler saw the allocator, and the adapters' before it."""
     before = cmlora.summary(pipe).adapter_bytes
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         noises(pipe, **how)
@@ -79,7 +79,7 @@ SD15 = {  # half its width
     ids=["convolutions", "parts", "switch", "no cache", "SD1.5"],
 )
 def test_the_peak_is_what_was_predicted(unet, pattern, how, choice):
-    pipe = three_adapters(pattern, **unet)
+    pipe = three_adapters(pattern, device="cpu", **unet)
     cmlora.accelerate(pipe, **choice)
     how = {"images": 1, **how}
     measured = measured_peak(pipe, **how)
@@ -88,7 +88,7 @@ def test_the_peak_is_what_was_predicted(unet, pattern, how, choice):
 
 def test_a_budget_is_kept_and_changes_no_prediction():
     """From what an unbounded run takes down to the least that there is, which the error names."""
-    pipe = three_adapters(ATTENTION, **SMALL)
+    pipe = three_adapters(ATTENTION, device="cpu", **SMALL)
     cmlora.accelerate(pipe, combine="mean")
     want = noises(pipe, images=1, size=16)
     most = cmlora.summary(pipe).peak_bytes

@@ -10,8 +10,8 @@ import torch
 from diffusers import ControlNetModel, T2IAdapter
 
 import cmlora
+from cmlora.lab.bench.tiny import DEVICE, call, embeddings, relative, sd_pipe, sd_unet, sdxl_pipe, sdxl_unet
 from tests.adapter.loop import EXACT, cmlora_equals_loop, composite_equals_loop, small_unet, with_loras
-from tests.models import call, embeddings, relative, sd_pipe, sd_unet, sdxl_pipe, sdxl_unet
 
 
 def controlnet(unet):
@@ -62,7 +62,7 @@ def test_sdxl_t2i_adapter():
         in_channels=3, channels=[16, 32, 32, 32], num_res_blocks=1, downscale_factor=16, adapter_type="full_adapter_xl"
     )
     pipe = with_loras(sdxl_pipe())
-    pipe = diffusers.StableDiffusionXLAdapterPipeline.from_pipe(pipe, adapter=adapter)
+    pipe = diffusers.StableDiffusionXLAdapterPipeline.from_pipe(pipe, adapter=adapter).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     # from the third step on without residuals
@@ -97,7 +97,9 @@ def test_ip_adapter():
     pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
     with_loras(pipe)
     assert pipe.unet.config.encoder_hid_dim_type == "ip_image_proj"
-    image = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(1))  # [guidance halves, pictures, width]
+    image = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(1)).to(
+        DEVICE
+    )  # [guidance halves, pictures, width]
     for guidance in (7.5, 1.0):
         embeds = [image if guidance > 1 else image[1:]]
         run = functools.partial(call, steps=3, guidance=guidance, ip_adapter_image_embeds=embeds)

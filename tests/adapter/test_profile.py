@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 import cmlora
 from cmlora import sprites
 from cmlora.cli import app
+from cmlora.lab.bench.tiny import DEVICE, add_lora, call, embeddings, sd_pipe, sd_unet, sdxl_pipe
 from cmlora.profile import high_frequency_difference, profile_loras, split
 from tests.adapter.test_restore import assert_same, snapshot
 from tests.conftest import shared
 from tests.golden.test_golden import golden_pipe
-from tests.models import add_lora, call, embeddings, sd_pipe, sd_unet, sdxl_pipe
 
 CUTOFF, STEPS = 0.3, 3  # not the default cutoff: it must reach the measure
 
@@ -44,10 +44,10 @@ def alone_with_peft(pipe, name, arguments):
     skip = unet.down_blocks[0].resnets[-1].out_channels
     pipe.set_adapters([name], [0.7])
     hooks = [
-        unet.conv_in.register_forward_pre_hook(lambda m, given: latents.append(given[0].double().numpy())),
+        unet.conv_in.register_forward_pre_hook(lambda m, given: latents.append(given[0].double().cpu().numpy())),
         unet.up_blocks[-1]
         .resnets[0]
-        .register_forward_pre_hook(lambda m, given: features.append(given[0][:, :-skip].double().numpy())),
+        .register_forward_pre_hook(lambda m, given: features.append(given[0][:, :-skip].double().cpu().numpy())),
     ]
     pipe(**arguments, num_inference_steps=STEPS, output_type="latent")
     for hook in hooks:
@@ -161,7 +161,7 @@ def drawing_pipe():
     for i, name in enumerate(("background_1", "background_2")):
         add_lora(pipe.unet, name, seed=i + 1)
     pipe.set_adapters(["background_1", "background_2"])
-    return pipe
+    return pipe.to(DEVICE)
 
 
 def test_auto_takes_the_split_of_a_short_profile(drawing_pipe, monkeypatch):

@@ -5,8 +5,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import cmlora
+from cmlora.lab.bench.tiny import call, embeddings, sd_pipe
 from tests.conftest import shared
-from tests.models import call, embeddings, sd_pipe
 
 GOOD = ("sd15_attn_rank4_a", "sd15_attn_rank4_b", "sd15_attn_rank4_c_old_processor_keys")
 BAD = {

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import CLIPTokenizer
 
 from cmlora import sprites
+from cmlora.lab.bench.tiny import DEVICE
 from cmlora.sprites import draw
 from cmlora.sprites.detector import blend_targets, detect, load_detector, probabilities
 from cmlora.sprites.measure import accuracy, generate, unseen
@@ -23,7 +24,7 @@ from cmlora.sprites.model import WORDS
 def pipe() -> StableDiffusionPipeline:
     made = StableDiffusionPipeline.from_pretrained(sprites.model_path(), torch_dtype=torch.float32)
     made.set_progress_bar_config(disable=True)
-    return made
+    return made.to(DEVICE)
 
 
 def picture(pipe: StableDiffusionPipeline, prompt: str) -> np.ndarray:
@@ -97,7 +98,7 @@ def test_the_unet_has_the_cache_branch_of_stable_diffusion(pipe: StableDiffusion
 def test_latents_have_mean_zero_and_deviation_one(pipe: StableDiffusionPipeline) -> None:
     x = torch.from_numpy(draw.render(draw.sample(200, seed=10, concepts=0.3))).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
-        z = pipe.vae.encode(x).latent_dist.mean * pipe.vae.config.scaling_factor
+        z = pipe.vae.encode(x.to(DEVICE)).latent_dist.mean * pipe.vae.config.scaling_factor
     assert z.mean((0, 2, 3)).abs().max() < 0.15
     assert (z.std((0, 2, 3)) - 1).abs().max() < 0.15
 

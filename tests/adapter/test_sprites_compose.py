@@ -10,9 +10,10 @@ from PIL import Image
 
 import cmlora
 from cmlora import sprites
+from cmlora.lab.bench.loop import CachedLoop
+from cmlora.lab.bench.tiny import DEVICE, relative
 from cmlora.sprites import draw, measure
 from cmlora.sprites.detector import detect, load_detector
-from tests.models import Sequential, relative
 
 PROMPT = "a zebrin creature, wearing a tophat, holding a star, checker background"
 NAMES = ("character", "clothing", "background")
@@ -34,7 +35,7 @@ def load() -> StableDiffusionPipeline:
     made.load_lora_weights(sprites.lora_path("tophat", kohya=True), adapter_name="clothing")
     made.load_lora_weights(sprites.lora_path("checker", kohya=True), adapter_name="background")
     made.set_adapters(list(NAMES))
-    return made
+    return made.to(DEVICE)
 
 
 def run(pipe: StableDiffusionPipeline, steps: int = 4, output: str = "latent", prompt: str = PROMPT) -> torch.Tensor:
@@ -50,9 +51,9 @@ def test_trained_loras_compose_as_a_loop_with_peft_does(pipe, method: str, combi
     config = {"partition": "offline", "offline_boundary": 1.0, "dominant_decay": 0, "cache_interval": 2}
     with cmlora.accelerated(pipe, method=method, combine=combine, high=NAMES, **config):
         got = run(pipe)
-    peer = Sequential(pipe.unet, NAMES, interval=2, dominance=dominance, deviation=combine == "deviation", follow=True)
-    want = run(pipe)
-    peer.close()
+    how = {"dominance": dominance, "deviation": combine == "deviation", "follow": True}
+    with CachedLoop(pipe.unet, NAMES, interval=2, **how):
+        want = run(pipe)
     pipe.set_adapters(list(NAMES))
     assert relative(got, want) < 1e-4
 
@@ -96,7 +97,7 @@ def picture(pipe: StableDiffusionPipeline, **config) -> np.ndarray:
 
 @pytest.mark.parametrize("name", sprites.CONCEPTS)
 def test_each_lora_alone_draws_its_concept(name: str) -> None:
-    pipe = StableDiffusionPipeline.from_pretrained(sprites.model_path(), torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(sprites.model_path(), torch_dtype=torch.float32).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(sprites.lora_path(name))
     scenes = measure.unseen(3).with_concept(name)

@@ -12,9 +12,9 @@ from torch import nn
 import cmlora
 from cmlora.batch.inputs import Inputs
 from cmlora.batch.rows import Shared, whole
+from cmlora.lab.bench.tiny import add_lora, relative
 from cmlora.models import FAMILIES
 from cmlora.models.family import Batched, Call, Conditions, Family, Place
-from tests.models import add_lora, relative
 
 EXACT = 1e-5
 WIDTH = 8

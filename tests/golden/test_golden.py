@@ -8,8 +8,8 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
 import cmlora
+from cmlora.lab.bench.tiny import ddim, sd_pipe
 from tests.conftest import SHARED, shared
-from tests.models import ddim, sd_pipe
 
 CASES = SHARED / "golden" / "cases.json"
 NAMES = sorted(json.loads(CASES.read_text())) if CASES.is_file() else ["absent"]
@@ -51,7 +51,7 @@ def test_latents_equal_the_published_code_at_every_step(name):
     recorded = []
 
     def record(pipe, step, timestep, kwargs):
-        recorded.append(kwargs["latents"].clone())
+        recorded.append(kwargs["latents"].cpu().clone())
         return {}
 
     cmlora.accelerate(pipe, **config_of(case))
@@ -74,7 +74,7 @@ def test_the_kernels_in_the_interpreter_equal_the_published_code():
     recorded = []
 
     def record(pipe, step, timestep, kwargs):
-        recorded.append(kwargs["latents"].clone())
+        recorded.append(kwargs["latents"].cpu().clone())
         pipe._interrupt = True
         return {}
 

@@ -108,6 +108,7 @@ def lora() -> None:
 
     x = empty(2, 64, 1280)
     ck.multi_lora_linear(x, empty(3840, 1280), None, slots, *bank(1280, 3840, 3), backend="triton")
+    ck.merged_linear(x, empty(6, 1280, 1280), None, slots, backend="triton")
     ck.multi_lora_linear(empty(2, 77, 768), empty(320, 768), None, slots, *bank(768, 320), backend="triton")
     ck.multi_lora_add_(empty(2, 64, 1280), empty(2, 64, 5120), slots, *bank(5120, 1280), backend="triton")
     images = empty(2, 320, 8, 8)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from cmlora.lab.bench.tiny import DEVICE
 from cmlora_kernels import combine_guided_noise, combine_noise
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SHAPES = [(4, 16, 16), (3, 7, 9), (1, 1, 2), (4, 65, 33)]
 

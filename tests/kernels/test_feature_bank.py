@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from cmlora.lab.bench.tiny import DEVICE
 from cmlora_kernels import gather_concat, scatter_rows
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # aligned, ragged, one pixel, more than one block a row
 SHAPES = [(64, 32, 8, 8), (5, 3, 7, 9), (130, 70, 1, 1), (2, 1, 13, 67)]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import cmlora_kernels.multi_lora as ops
+from cmlora.lab.bench.tiny import DEVICE
 from cmlora_kernels import (
     merge_weights,
     merged_bank,
@@ -25,7 +26,6 @@ from cmlora_kernels.multi_lora_add import triton_add
 from cmlora_kernels.multi_lora_linear import fused_linear
 from cmlora_kernels.tiles import Cost, Problem, choose, costs
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]  # bfloat16 is run by its definition: the interpreter's tl.dot misreads it
 
 

@@ -1,15 +1,14 @@
 """The spectrum's kernels and definitions against NumPy in float64 and against the reference code's own profiles."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from cmlora.lab.bench.tiny import DEVICE
 from cmlora_kernels import dominant_from_latents, high_frequency_share, radial_profile, select_dominant, spectrum
+from tests.conftest import shared
 
-GOLDEN = Path(__file__).parents[3] / "shared/golden/spectrum.safetensors"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [(8, 8), (9, 9), (16, 8), (31, 33), (64, 64), (65, 63), (96, 128), (127, 64), (128, 128)]
 BACKENDS = ["torch", "triton"]
 
@@ -60,11 +59,7 @@ def test_many_maps_per_program_equal_numpy(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_profiles_equal_the_reference_codes(backend: str) -> None:
-    if not GOLDEN.exists():
-        pytest.skip("the reference's outputs (shared/golden/spectrum.safetensors) are not beside this checkout")
-    from safetensors.torch import load_file
-
-    data = load_file(GOLDEN)
+    data = load_file(shared("golden/spectrum.safetensors"))
     for i in range(4):
         profile = radial_profile(data[f"latent_{i}"][None].to(DEVICE), backend=backend)
         assert worst_bin(profile, data[f"profile_{i}"][None].double().numpy()) < 1e-4

@@ -214,8 +214,9 @@ def _conv_add(
 ) -> Callable[[str], Iterator[Op]]:
     stride, padding, dilation, _, *weights = rest
     count = weights[0].shape[1] if weights and weights[0] is not None else 0
-    geometry = (tuple(a.shape[3:]), tuple(stride), tuple(padding), tuple(dilation))
-    p = ConvProblem(*x.shape, b.shape[1], a.shape[1], min(x.shape[0], a.shape[0]), x.dtype, *geometry, count)
+    geometry: list[Any] = [tuple(a.shape[3:]), tuple(stride), tuple(padding), tuple(dilation)]
+    sizes: list[Any] = [*x.shape, b.shape[1], a.shape[1], min(x.shape[0], a.shape[0]), x.dtype]
+    p = ConvProblem._make([*sizes, *geometry, count])
 
     def kernels(arch: str) -> Iterator[Op]:
         for _, launch in conv_add_launches(p, arch):
@@ -235,8 +236,10 @@ def _conv(
     flops, moved = 2 * y.numel() * math.prod(weight.shape[1:]), sum(map(_bytes, _tensors((x, weight, bias, y))))
     base = Op("convolution", moved, flops, flops, "library")
     plain = weight.shape[2:] == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
-    sizes = (x.shape[0], y[0, 0].numel(), *weight.shape[1::-1][:2], a.shape[1], 1, a.shape[0], x.dtype)
-    pixels = Problem(*sizes, bias is not None, weights[0].shape[1] if weights and weights[0] is not None else 0)
+    outer, inner = weight.shape[:2]
+    count = weights[0].shape[1] if weights and weights[0] is not None else 0
+    rows, one = x.shape[0], y[0, 0].numel()
+    pixels = Problem(rows, one, inner, outer, a.shape[1], 1, a.shape[0], x.dtype, bias is not None, count)
 
     def kernels(arch: str) -> Iterator[Op]:
         if plain and choose(pixels, arch).strategy == "fused":

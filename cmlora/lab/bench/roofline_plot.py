@@ -1,17 +1,16 @@
-"""The plot of `roofline.py`: predicted ms per step over the number of LoRAs, and what they are made of, per GPU."""
+"""The plot of `benchmarks/roofline.py`: predicted ms per step over the LoRAs, and what they are made of, per GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-if TYPE_CHECKING:
-    from benchmarks.roofline import Prediction
+from cmlora.lab.bench.roofline import Prediction
 
 # Okabe and Ito's colours, which most colour-blind readers tell apart
 LINES = {
@@ -40,7 +39,8 @@ def plot(title: str, found: Sequence[Prediction], path: Path) -> None:
             ("predicted ms per step (log)", _lines),
             ("predicted ms per step\nleft bar PEFT loop, right bar ours", _bars),
         )
-        for part, (label, draw) in zip(figure.subfigures(2, 1), rows, strict=True):
+        parts: Any = figure.subfigures(2, 1)
+        for part, (label, draw) in zip(parts, rows, strict=True):
             axes = part.subplots(1, len(gpus), squeeze=False)[0]
             for gpu, panel in zip(gpus, axes, strict=True):
                 draw(panel, [p for p in found if p.gpu == gpu])

@@ -12,9 +12,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
-import cmlora
-from benchmarks.counting import Trace
-from tests.models import Sequential, sd_pipe, sd_unet, sdxl_pipe, sdxl_unet
+from cmlora.accelerate import accelerated
+from cmlora.lab.bench.counting import Trace
+from cmlora.lab.bench.loop import CachedLoop
+from cmlora.lab.bench.tiny import sd_pipe, sd_unet, sdxl_pipe, sdxl_unet
 
 GUIDANCE, INTERVAL, IMAGES, PROMPT_TOKENS = 7.5, 2, 1, 77
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -90,7 +91,7 @@ class MetaPipe:
         self._names = [*(f"character_{i}" for i in range(adapters - 1)), "background"]
         for name in self._names:
             unet.add_adapter(LoraConfig(r=rank, target_modules=list(targets)), adapter_name=name)
-        self.pipe = self.model.pipe(unet.half())
+        self.pipe = self.model.pipe(unet.half(), device=None)
         self.pipe._guidance_scale = GUIDANCE  # the pipeline's call sets it
 
     def names(self, adapters: int) -> list[str]:
@@ -114,7 +115,7 @@ class MetaPipe:
         pipe.scheduler.set_timesteps(2 * INTERVAL, device="meta")
         side, width = unet.config.sample_size, unet.config.cross_attention_dim
         latents = _empty(IMAGES, 4, side, side)
-        given = {"encoder_hidden_states": _empty(2 * IMAGES, PROMPT_TOKENS, width)}
+        given: dict[str, Any] = {"encoder_hidden_states": _empty(2 * IMAGES, PROMPT_TOKENS, width)}
         if self.model.added:
             given["added_cond_kwargs"] = {k: _empty(2 * IMAGES, size) for k, size in self.model.added.items()}
         for i, (t, t_host) in enumerate(zip(pipe.scheduler.timesteps, on_host, strict=True)):
@@ -152,16 +153,15 @@ def _merge(pipe: Any, names: Sequence[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _loop(pipe: Any, names: Sequence[str]) -> Iterator[None]:
-    peer = Sequential(pipe.unet, names, interval=INTERVAL, dominance=len(names) - 0.5)
-    yield
-    peer.close()
+    with CachedLoop(pipe.unet, names, interval=INTERVAL, dominance=len(names) - 0.5):
+        yield
 
 
 @contextlib.contextmanager
 def _ours(pipe: Any, names: Sequence[str]) -> Iterator[None]:
     pipe.unet.set_adapters(names)
     method = "cmlora" if len(names) > 1 else "merge"
-    with cmlora.accelerated(pipe, method=method, combine="mean", cache_interval=INTERVAL):
+    with accelerated(pipe, method=method, combine="mean", cache_interval=INTERVAL):
         yield
 
 

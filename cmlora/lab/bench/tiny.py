@@ -1,11 +1,12 @@
-"""Tiny pipelines with the block structure of SD1.5 and SDXL, random LoRAs, and the peer: one adapter after the other.
+"""Tiny pipelines with the block structure of SD1.5 and SDXL, random LoRAs, and calls with tensors given.
 
-The peer is the algorithm of the published code with PEFT's own set_adapters and forward; it shares no code with ours.
+All of it lies on the GPU where there is one, unless a builder is told otherwise.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from diffusers import (
@@ -15,8 +16,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where pipelines and tensors are put by default."""
 
 ATTENTION = r"(to_q|to_k|to_v|to_out\.0)$"
 EVERYTHING = (
@@ -24,7 +28,8 @@ EVERYTHING = (
 )
 
 
-def sd_unet(seed: int = 0, **overrides) -> UNet2DConditionModel:
+def sd_unet(seed: int = 0, **overrides: Any) -> UNet2DConditionModel:
+    """SD1.5's blocks at 16 and 32 channels, random weights; `overrides` of its config. On torch's default device."""
     torch.manual_seed(seed)
     config = {
         "sample_size": 16,
@@ -41,7 +46,8 @@ def sd_unet(seed: int = 0, **overrides) -> UNet2DConditionModel:
     return UNet2DConditionModel(**(config | overrides)).eval()
 
 
-def sdxl_unet(seed: int = 0, **overrides) -> UNet2DConditionModel:
+def sdxl_unet(seed: int = 0, **overrides: Any) -> UNet2DConditionModel:
+    """SDXL's blocks, as `sd_unet`."""
     torch.manual_seed(seed)
     config = {
         "sample_size": 16,
@@ -88,10 +94,18 @@ def _text(width: int) -> CLIPTextConfig:
 
 
 def ddim() -> DDIMScheduler:
+    """As SD1.5's scheduler is configured."""
     return DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
-def sd_pipe(unet: UNet2DConditionModel | None = None, scheduler=None, kind=StableDiffusionPipeline, **parts):
+def sd_pipe(
+    unet: UNet2DConditionModel | None = None,
+    scheduler: Any = None,
+    kind: Any = StableDiffusionPipeline,
+    device: str | None = DEVICE,
+    **parts: Any,
+) -> Any:
+    """A pipeline with `sd_unet`, or the UNet given, without tokenizer; device None: every part stays where it is."""
     unet = unet or sd_unet()
     pipe = kind(
         vae=_vae(),
@@ -105,10 +119,17 @@ def sd_pipe(unet: UNet2DConditionModel | None = None, scheduler=None, kind=Stabl
         **parts,
     )
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe if device is None else pipe.to(device)
 
 
-def sdxl_pipe(unet: UNet2DConditionModel | None = None, scheduler=None, kind=StableDiffusionXLPipeline, **parts):
+def sdxl_pipe(
+    unet: UNet2DConditionModel | None = None,
+    scheduler: Any = None,
+    kind: Any = StableDiffusionXLPipeline,
+    device: str | None = DEVICE,
+    **parts: Any,
+) -> Any:
+    """The same with `sdxl_unet`."""
     unet = unet or sdxl_unet()
     pipe = kind(
         vae=_vae(),
@@ -123,13 +144,16 @@ def sdxl_pipe(unet: UNet2DConditionModel | None = None, scheduler=None, kind=Sta
         **parts,
     )
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe if device is None else pipe.to(device)
 
 
 def add_lora(
-    model: nn.Module, name: str, rank: int = 4, alpha: float | None = None, pattern: str = ATTENTION, seed: int = 1
+    model: Any, name: str, rank: int = 4, alpha: float | None = None, pattern: str = ATTENTION, seed: int = 1
 ) -> str:
-    """Load random LoRA weights through diffusers, on the linear and convolution layers that match `pattern`."""
+    """Load random LoRA weights through diffusers, on the linear and convolution layers that match `pattern`.
+
+    Returns the adapter's name.
+    """
     generator = torch.Generator().manual_seed(seed)
     state, alphas = {}, {}
     for path, module in model.named_modules():
@@ -147,8 +171,8 @@ def add_lora(
     return name
 
 
-def embeddings(pipe, images: int = 1, seed: int = 3, size: tuple[int, int] = (16, 16)) -> dict:
-    """The tensors of one call, as keyword arguments of the pipeline."""
+def embeddings(pipe: Any, images: int = 1, seed: int = 3, size: tuple[int, int] = (16, 16)) -> dict[str, Tensor]:
+    """The tensors of one call, as keyword arguments of the pipeline, on its device; `size` is the latents'."""
     generator = torch.Generator().manual_seed(seed)
     width = pipe.unet.config.cross_attention_dim
     given = {
@@ -159,17 +183,19 @@ def embeddings(pipe, images: int = 1, seed: int = 3, size: tuple[int, int] = (16
     if hasattr(pipe, "text_encoder_2"):
         given["pooled_prompt_embeds"] = torch.randn(images, 24, generator=generator)
         given["negative_pooled_prompt_embeds"] = torch.randn(images, 24, generator=generator)
-    return given
+    return {name: tensor.to(pipe.device) for name, tensor in given.items()}
 
 
-def call(pipe, steps: int = 4, guidance: float = 7.5, given: dict | None = None, **kwargs) -> torch.Tensor:
-    """One pipeline call with embeddings given; returns latents."""
+def call(
+    pipe: Any, steps: int = 4, guidance: float = 7.5, given: dict[str, Tensor] | None = None, **kwargs: Any
+) -> Tensor:
+    """One pipeline call with `given`, or `embeddings`; returns latents [images, 4, height, width]."""
     given = dict(given or embeddings(pipe))
     height, width = (8 * side for side in given["latents"].shape[-2:])
     if guidance <= 1:
         given = {k: v for k, v in given.items() if not k.startswith("negative")}
     given["latents"] = given["latents"].clone()
-    return pipe(
+    latents: Tensor = pipe(
         **given,
         height=height,
         width=width,
@@ -178,116 +204,12 @@ def call(pipe, steps: int = 4, guidance: float = 7.5, given: dict | None = None,
         output_type="latent",
         **kwargs,
     ).images
+    return latents
 
 
-class Sequential:
-    """The peer: replaces the UNet's forward by N PEFT passes, one adapter after the other, with DeepCache in between.
-
-    Args:
-        names: adapters, in order. weights: of set_adapters.
-        interval: steps between refreshes; the dominant adapter is refreshed, in turn.
-        dominance: weight of the dominant adapter before normalisation; None: a plain mean, all refreshed together.
-        deviation: add the adapters' differences from the base model instead of taking their mean.
-        follow: whenever the base model's feature is refreshed, all cached features move by its difference.
-    """
-
-    def __init__(self, unet, names, weights=None, interval=1, dominance=None, deviation=False, follow=False):
-        self.unet, self.names, self.interval = unet, list(names), interval
-        self.weights = list(weights or [1.0] * len(names))
-        self.dominance, self.deviation, self.follow = dominance, deviation, follow
-        self.calls, self.turn, self.dominant = 0, -1, None
-        self.features: dict[str | None, torch.Tensor] = {}
-        self.full_passes: list[list[str | None]] = []
-        self.predictions: list[dict[str | None, torch.Tensor]] = []
-        self.original = unet.forward
-        unet.forward = self
-
-    def close(self):
-        del self.unet.__dict__["forward"]
-
-    def __call__(self, *args, **kwargs):
-        refreshing = self.calls % self.interval == 0
-        if refreshing:
-            self.turn += 1
-            self.dominant = self.names[self.turn % len(self.names)]
-        who = [None, *self.names] if self.deviation else self.names
-        self.full_passes.append([])
-        seen = {}
-        for name in who:
-            stale = refreshing and (self.dominance is None or name in (self.dominant, None))
-            full = self.calls == 0 or self.interval == 1 or stale
-            before = self.features.get(name)
-            seen[name] = self._pass(name, full, args, kwargs)
-            if name is None and full and before is not None and self.follow:
-                moved = self.features[None] - before
-                self.features |= {adapter: self.features[adapter] + moved for adapter in self.names}
-        self.predictions.append(seen)
-        self.calls += 1
-        return (self._combine(seen),)
-
-    def _combine(self, seen):
-        n = len(self.names)
-        weight = 1.0 if self.dominance is None else self.dominance
-        other = n / (weight + n - 1)
-        w = {name: weight * other if name == self.dominant and self.dominance else other for name in self.names}
-        if self.deviation:
-            base = seen[None]
-            return base + sum(w[name] * (seen[name] - base) for name in self.names)
-        return torch.stack([w[name] * seen[name] for name in self.names]).mean(0)
-
-    def _pass(self, name, full, args, kwargs):
-        unet = self.unet
-        if name is None:
-            unet.disable_lora() if hasattr(unet, "disable_lora") else unet.disable_adapters()
-        else:
-            unet.set_adapters([name], [self.weights[self.names.index(name)]])
-        try:
-            if full:
-                self.full_passes[-1].append(name)
-            return self._full(name, args, kwargs) if full else self._shallow(name, *args, **kwargs)
-        finally:
-            if name is None:
-                unet.enable_lora() if hasattr(unet, "enable_lora") else unet.enable_adapters()
-
-    def _full(self, name, args, kwargs):
-        skip = self.unet.down_blocks[0].resnets[-1].out_channels
-
-        def keep(module, inputs):
-            self.features[name] = inputs[0][:, :-skip]
-
-        handle = self.unet.up_blocks[-1].resnets[0].register_forward_pre_hook(keep)
-        try:
-            return self.original(*args, **kwargs)[0]
-        finally:
-            handle.remove()
-
-    def _shallow(self, name, sample, timestep, encoder_hidden_states, added_cond_kwargs=None, **kwargs):
-        unet = self.unet
-        emb = unet.time_embedding(unet.get_time_embed(sample, timestep))
-        extra = unet.get_aug_embed(emb, encoder_hidden_states, added_cond_kwargs)
-        emb = emb if extra is None else emb + extra
-        hidden = unet.conv_in(sample)
-        skips = [hidden]
-        hidden_states = {"encoder_hidden_states": encoder_hidden_states, "return_dict": False}
-
-        def layers(block):
-            attentions = getattr(block, "attentions", [None] * len(block.resnets))
-            return zip(block.resnets, attentions, strict=True)
-
-        for resnet, attention in layers(unet.down_blocks[0]):
-            hidden = resnet(hidden, emb)
-            hidden = hidden if attention is None else attention(hidden, **hidden_states)[0]
-            skips.append(hidden)
-        hidden = self.features[name]
-        for resnet, attention in layers(unet.up_blocks[-1]):
-            hidden = resnet(torch.cat([hidden, skips.pop()], 1), emb)
-            hidden = hidden if attention is None else attention(hidden, **hidden_states)[0]
-        return unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))
-
-
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+def relative(got: Tensor, want: Tensor) -> float:
     """Frobenius norm of the difference over that of `want`."""
-    return ((got - want).norm() / want.norm()).item()
+    return float((got - want).norm() / want.norm())
 
 
 SMALL = {  # of sd_unet: what is quickest
@@ -298,9 +220,9 @@ SMALL = {  # of sd_unet: what is quickest
 }
 
 
-def three_adapters(pattern: str = EVERYTHING, **unet):
-    """A pipeline with two high adapters and a low one, all active."""
-    pipe = sd_pipe(sd_unet(**unet))
+def three_adapters(pattern: str = EVERYTHING, device: str = DEVICE, **unet: Any) -> Any:
+    """A pipeline with two high adapters and a low one, all active; `unet`: overrides of `sd_unet`."""
+    pipe = sd_pipe(sd_unet(**unet), device=device)
     names = ["character", "style", "background"]
     for i, name in enumerate(names):
         add_lora(pipe.unet, name, rank=2 + i, pattern=pattern, seed=i + 1)
@@ -308,14 +230,23 @@ def three_adapters(pattern: str = EVERYTHING, **unet):
     return pipe
 
 
-def noises(pipe, steps=3, images=2, guidance=7.5, size=8, controlled=False, seed=0, **kwargs) -> list[torch.Tensor]:
+def noises(
+    pipe: Any,
+    steps: int = 3,
+    images: int = 2,
+    guidance: float = 7.5,
+    size: int = 8,
+    controlled: bool = False,
+    seed: int = 0,
+    **kwargs: Any,
+) -> list[Tensor]:
     """The UNet's answers to latents of our own, so that rounding is not amplified from step to step.
 
     controlled: with residuals of a ControlNet, for SMALL.
     """
     generator, device = torch.Generator().manual_seed(seed), pipe.unet.device
 
-    def random(*shape):
+    def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
     halves = 2 if guidance > 1 else 1
