@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cmlora_kernels.combine_noise import combine_launch, guided_launch, moments_launch
+from cmlora_kernels.combine_places import local_launch, regions_launch
 from cmlora_kernels.dominant import select_launch
 from cmlora_kernels.feature_bank import gather_concat_launch, scatter_launch
 from cmlora_kernels.launch import Launch
@@ -20,6 +21,7 @@ from cmlora_kernels.merged_bank import merged_launch
 from cmlora_kernels.multi_lora_add import add_launches
 from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
 from cmlora_kernels.multi_lora_linear import NO_WEIGHTS, linear_launch, part_rank
+from cmlora_kernels.places import blur_launch, masks_launch, strength_launch
 from cmlora_kernels.spectrum import finish_launch, spectrum_launch
 from cmlora_kernels.tiles import Problem, choose, supports
 
@@ -266,3 +268,19 @@ def _step_launches(unet: UNet, adapters: int, dtype: torch.dtype, arch: str) -> 
     yield moments_launch(adapters, 1, latent, dtype, 7.5)
     for rescale in (0.0, 0.7):
         yield guided_launch(adapters, 1, latent, dtype, 7.5, rescale)
+    yield from _place_launches(size, adapters, dtype)
+
+
+def _place_launches(size: int, adapters: int, dtype: torch.dtype) -> Iterator[Launch]:
+    """Masks of one image with guidance, and what is combined with them."""
+    places = size * size
+    for strides in ((places, 1), (1, 4)):
+        for keep in (None, 0.7):
+            yield strength_launch((2, 1, 4, places), strides, adapters, 1, keep, dtype)
+        for base in (0, None):
+            yield local_launch((2, 1, 4, places), strides, adapters, base, dtype)
+        yield regions_launch((2, 1, 4, places), strides, adapters, dtype)
+    for blur in (1, 3):
+        yield blur_launch(adapters, 1, size, size, blur)
+    for own, temperature in ((True, 0.6), (False, 0.25)):
+        yield masks_launch(adapters, 1, places, temperature, own)

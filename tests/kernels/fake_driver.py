@@ -119,6 +119,18 @@ def lora() -> None:
         ck.multi_lora_conv2d_add_(images.clone(), images, slots, a, b, scales, padding=padding, backend="triton")
 
 
+def places() -> None:
+    """Masks of the same step, and what is combined with them."""
+    noise, adapters, bases = empty(12, 4, 64, 64), torch.arange(1, 6), torch.zeros(5, dtype=torch.int64)
+    strength = ck.place_strength(noise, adapters, bases, 1, 1, backend="triton")
+    strength = ck.place_strength(noise, adapters, bases, 1, 1, strength, backend="triton")
+    for own in (True, False):
+        mu = ck.place_masks(strength, 0.6, own=own, backend="triton")
+    for base in (0, 1, bases[:1].clone()):
+        ck.combine_local(noise, mu, torch.ones(5, 2), adapters, bases, base, backend="triton")
+    ck.combine_regions(noise[2:].clone(), mu, torch.ones(5, 2), backend="triton")
+
+
 def routed() -> None:
     """Layers of a routed step: five adapters' ranks in one slot, then two of rank 128, which take two chunks."""
     slots, scales = torch.tensor([0, 0]), torch.ones(1, 1)
@@ -136,4 +148,5 @@ def routed() -> None:
 if __name__ == "__main__":
     install()
     step()
+    places()
     routed()

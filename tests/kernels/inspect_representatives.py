@@ -54,7 +54,7 @@ def representatives(target: str) -> list[Variant]:
 
 def is_weighted(variant: Variant) -> bool:
     """Whether a multi-LoRA launch has token weights."""
-    return variant.launch.tensors.get("weights_ptr") is not None
+    return variant.launch.tensors.get("groups_ptr") is not None
 
 
 def main(targets: list[str]) -> None:

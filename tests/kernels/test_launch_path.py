@@ -14,7 +14,9 @@ from cmlora.lab.bench.tiny import DEVICE
 from cmlora.lab.bench.traffic import SDXL_LINEARS, sdxl_lora_bytes
 from cmlora_kernels import (
     combine_guided_noise,
+    combine_local,
     combine_noise,
+    combine_regions,
     dominant_from_latents,
     gather_concat,
     merge_weights,
@@ -23,6 +25,8 @@ from cmlora_kernels import (
     multi_lora_conv2d,
     multi_lora_conv2d_add_,
     multi_lora_linear,
+    place_masks,
+    place_strength,
     radial_profile,
     scatter_rows,
     select_dominant,
@@ -105,13 +109,27 @@ def test_kernels_move_the_bytes_that_their_formulas_say(traffic: list[tuple[Laun
     combine_noise(noise, weights, backend="triton")
     combine_guided_noise(noise, weights, 7.5, backend="triton")
     combine_guided_noise(noise, weights, 7.5, 0.7, backend="triton")
-    assert len(traffic) == 13
+    _run_places(noise, weights[1:].contiguous())
+    assert len(traffic) == 25
     _run_multi_lora()
-    kernels = {launch.kernel.__name__ for launch, _ in traffic[13:]}
+    kernels = {launch.kernel.__name__ for launch, _ in traffic[25:]}
     assert kernels == {"linear_kernel", "add_kernel", "conv_add_kernel", "merged_kernel"}
     for launch, (moved,) in traffic:
         assert moved == pytest.approx(launch.bytes, rel=0.1), launch.name
         assert launch.unique_bytes <= launch.bytes, launch.name
+
+
+def _run_places(noise: torch.Tensor, weights: torch.Tensor) -> None:
+    """Four adapters and a base, both memory formats; then ragged sizes."""
+    adapters, bases = torch.arange(1, 5), torch.zeros(4, dtype=torch.int64)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        noise = noise.contiguous(memory_format=layout)
+        strength = place_strength(noise, adapters, bases, 1, 1, backend="triton")
+        place_strength(noise, adapters, bases, 0, 2, torch.rand(4, 2, 64, 64), backend="triton")
+        mu = place_masks(strength, 0.5, backend="triton")
+        combine_local(noise, mu, weights, adapters, bases, bases[:1], backend="triton")
+    combine_local(noise[..., :50], mu[..., :50], weights, adapters, bases, 0, backend="triton")
+    combine_regions(noise[2:, :3, :, :50], mu[..., :50], weights, backend="triton")
 
 
 def _run_multi_lora() -> None:

@@ -20,12 +20,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from cmlora_kernels.combine_noise import combine_launch
+from cmlora_kernels.combine_places import local_launch, regions_launch
 from cmlora_kernels.feature_bank import gather_concat_launch, scatter_launch
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.layout import dense_format
 from cmlora_kernels.multi_lora_add import add_launches
 from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
 from cmlora_kernels.multi_lora_linear import linear_launch
+from cmlora_kernels.places import blur_launch, lay_out, masks_launch, strength_launch
 from cmlora_kernels.spectrum import finish_launch, spectrum_launch
 from cmlora_kernels.tiles import Problem, choose
 
@@ -268,6 +270,37 @@ def _combine(noise: Tensor, coefficients: Tensor, _: str) -> Any:
     return lambda arch: iter((_kernel(launch),))
 
 
+def _strength(noise: Tensor, adapters: Tensor, bases: Tensor, first: int, images: int, *rest: Any) -> Any:
+    previous, keep, _ = rest
+    shape, strides = (first + images, images, noise.shape[1], noise[0, 0].numel()), lay_out(noise)[1]
+    kept = None if previous is None else keep
+    launch = strength_launch(shape, strides, adapters.shape[0], first, kept, noise.dtype)
+    return lambda arch: iter((_kernel(launch),))
+
+
+def _masks(strength: Tensor, temperature: float, blur: int, own: bool, _: str) -> Any:
+    adapters, images, height, width = strength.shape
+    launches = (
+        blur_launch(adapters, images, height, width, blur),
+        masks_launch(adapters, images, height * width, temperature, own),
+    )
+    return lambda arch: map(_kernel, launches)
+
+
+def _local(noise: Tensor, masks: Tensor, coefficients: Tensor, *rest: Any) -> Any:
+    *_, base_at, base, _ = rest
+    shape = (coefficients.shape[1], masks.shape[1], noise.shape[1], noise[0, 0].numel())
+    number = base if base_at is None else None
+    launch = local_launch(shape, lay_out(noise)[1], masks.shape[0], number, noise.dtype)
+    return lambda arch: iter((_kernel(launch),))
+
+
+def _regions(noise: Tensor, regions: Tensor, coefficients: Tensor, _: str) -> Any:
+    shape = (coefficients.shape[1], regions.shape[1], noise.shape[1], noise[0, 0].numel())
+    launch = regions_launch(shape, lay_out(noise)[1], regions.shape[0], noise.dtype)
+    return lambda arch: iter((_kernel(launch),))
+
+
 def _spectrum(x: Tensor, cutoff: float, choice: Any) -> Any:
     shape, strides, dtype = tuple(x.shape), x.stride(), x.dtype
 
@@ -293,6 +326,10 @@ KERNELS: dict[str, Callable[..., Callable[[str], Iterator[Op]]]] = {
     "gather_concat": _gather,
     "scatter_rows": _scatter,
     "combine_noise": _combine,
+    "place_strength": _strength,
+    "place_masks": _masks,
+    "combine_local": _local,
+    "combine_regions": _regions,
     "dominant_from_latents": _dominant,
     "high_frequency_share": lambda x, cutoff, _: _spectrum(x, cutoff, None),
 }
