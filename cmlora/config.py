@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from cmlora.errors import ConfigError
 
-Method = Literal["no_lora", "merge", "switch", "composite", "cmlora"]
+Method = Literal["no_lora", "merge", "switch", "composite", "cmlora", "routed"]
 Partition = Literal["offline", "online", "async"]
-Combine = Literal["mean", "deviation"]
+Combine = Literal["mean", "deviation", "local"]
 LateStage = Literal["shift", "low"]
 Backend = Literal["auto", "torch", "triton"]
 CacheSchedule = Literal["nonuniform", "quadratic"]
@@ -27,7 +27,8 @@ class CMLoRAConfig:
     Attributes:
         method: "no_lora": the base model. "merge": all adapters summed. "switch": one at a time, in turn.
             "composite": one prediction per adapter, all equal (arXiv 2402.16843). "cmlora": the same with a dominant
-            adapter that rotates, and a feature cache per adapter.
+            adapter that rotates, and a feature cache per adapter. "routed": all adapters in one prediction, each where
+            its own prediction differs most from the base model's, as the first `mask_steps` steps find it.
         partition: what moves `cmlora` from its early to its late stage. "offline": a fixed share of the steps.
             "online": the spectrum of the latents, per image. "async": as offline, and dominance moves on its own
             clock instead of with the refreshes.
@@ -43,9 +44,22 @@ class CMLoRAConfig:
         max_cache_age: no cached feature is older than so many steps; None: no bound.
         cache_follow: with combine="deviation" the base model is refreshed more often than an adapter; in between, the
             adapter's cached feature moves as the base model's does: h_i + h_base(now) - h_base(then). False: it stays.
-        switch_step: steps between two adapters of `switch`.
+        switch_step: steps between two adapters of `switch`. switch_stages: it rotates over the high adapters in the
+            early stage and over the low ones in the late stage (`offline_boundary`); False: over all of them.
         combine: "mean": mean_i w_i eps_i. "deviation": eps_base + sum_i w_i (eps_i - eps_base) with weights of mean
-            one; one more row runs the base model (compositional guidance, Liu et al. 2022).
+            one; one more row runs the base model (compositional guidance, Liu et al. 2022). "local": the same, each
+            deviation times the adapter's mask, which comes from the step's own predictions (csrc_docs/places.md).
+        mask_steps: steps at a run's begin in which `routed` predicts with every adapter alone, to find its masks.
+        mask_temperature: of the softmax over adapters at a place: small, the strongest alone acts there; large, all do.
+            None: 0.6 for routed, 0.25 for local.
+        mask_blur: side of the box mean over places that masks are made of, odd; 1: none.
+        shared: adapters that act in every prediction, the base model's too, everywhere (LCM, Lightning, quality LoRAs):
+            they take no part in dominance, masks or means.
+        regions: {adapter: mask}: a mask of one's own, a tensor, array or picture of any size in 0..1. `routed` takes it
+            for its mask; in `composite` and `cmlora` it weighs the adapter's prediction, place by place: mean_i with
+            combine="mean", its deviation else. Adapters without one act everywhere.
+        prompts: {adapter: text, or what the pipeline's encode_prompt returns for one}: that adapter's predictions of
+            `composite` and `cmlora` are made with its own prompt, in the conditional half.
         dominant_weight: weight of the dominant adapter before normalisation; None: N - 0.5.
         dominant_decay: at the k-th rotation the dominant weight has lost sum_{j=1..k} decay^j; 0: constant.
         dominant_floor: below which it does not fall; 1: never below the others.
@@ -82,7 +96,14 @@ class CMLoRAConfig:
     max_cache_age: int | None = None
     cache_follow: bool = True
     switch_step: int = 5
+    switch_stages: bool = False
     combine: Combine = "deviation"
+    mask_steps: int = 2
+    mask_temperature: float | None = None
+    mask_blur: int = 3
+    shared: Sequence[str] = ()
+    regions: Mapping[str, Any] | None = None
+    prompts: Mapping[str, Any] | None = None
     dominant_weight: float | None = None
     dominant_decay: float = 0.5
     dominant_floor: float = 1.0
@@ -110,7 +131,7 @@ class CMLoRAConfig:
             ("backend", Backend),
         ):
             _one_of(name, getattr(self, name), get_args(kind))
-        for name in ("adapters", "high", "low"):
+        for name in ("adapters", "high", "low", "shared"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         _disjoint(self.high, self.low)
         if isinstance(self.cache_interval, str):
@@ -121,13 +142,13 @@ class CMLoRAConfig:
         _integer("quadratic_interval", self.quadratic_interval, 1)
         if self.max_cache_age is not None:
             _integer("max_cache_age", self.max_cache_age, 1, "None")
-        if not isinstance(self.cache_follow, bool):
-            raise ConfigError(f"cache_follow must be True or False, got {self.cache_follow!r}")
+        for name in ("cache_follow", "switch_stages", "cuda_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        self._check_places()
         for name in ("merge_weights", "winograd"):
             if not isinstance(getattr(self, name), bool | None):
                 raise ConfigError(f"{name} must be True, False or None, got {getattr(self, name)!r}")
-        if not isinstance(self.cuda_graphs, bool):
-            raise ConfigError(f"cuda_graphs must be True or False, got {self.cuda_graphs!r}")
         if self.max_rows is not None:
             _integer("max_rows", self.max_rows, 1, "None")
         if self.memory_budget is not None:
@@ -142,6 +163,41 @@ class CMLoRAConfig:
         _number("quadratic_power", self.quadratic_power, 1, 10, above=True)
         _number("online_cutoff", self.online_cutoff, 0, 1, below=True)
         _number("async_switch", self.async_switch, 0, 1, above=True)
+
+    def _check_places(self) -> None:
+        """Masks, regions, prompts and shared adapters."""
+        _integer("mask_steps", self.mask_steps, 1)
+        _integer("mask_blur", self.mask_blur, 1)
+        if self.mask_blur % 2 == 0:
+            raise ConfigError(f"mask_blur must be odd, got {self.mask_blur}")
+        if self.mask_temperature is not None:
+            _number("mask_temperature", self.mask_temperature, 0, None, "None", above=True)
+        if self.method == "routed" and self.merge_weights:
+            raise ConfigError(
+                "merge_weights must not be True with method='routed', whose adapters have a weight per token"
+            )
+        for name, methods in (("regions", ("routed", "composite", "cmlora")), ("prompts", ("composite", "cmlora"))):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+                raise ConfigError(f"{name} must be a mapping from adapter names, got {type(given).__name__}")
+            if self.method not in methods:
+                raise ConfigError(f"{name} must go with method={' or '.join(map(repr, methods))}, got {self.method!r}")
+            both = sorted(set(given) & set(self.shared))
+            if both:
+                raise ConfigError(f"{name} must not name shared adapters, which act everywhere, got {', '.join(both)}")
+        for name in ("high", "low"):
+            both = sorted(set(getattr(self, name)) & set(self.shared)) if getattr(self, name) != "auto" else []
+            if both:
+                raise ConfigError(f"{name} must not name shared adapters, got {', '.join(both)}")
+
+    @property
+    def temperature(self) -> float:
+        """`mask_temperature`, or the rule's own."""
+        if self.mask_temperature is not None:
+            return self.mask_temperature
+        return 0.6 if self.method == "routed" else 0.25
 
     @classmethod
     def build(cls, config: CMLoRAConfig | None, overrides: dict[str, Any]) -> CMLoRAConfig:

@@ -106,7 +106,7 @@ def local_definition(
     base: int,
 ) -> Tensor:
     """`combine_local` in plain torch."""
-    stacked = noise.unflatten(0, (-1, coefficients.shape[1])).float()
+    stacked: Tensor = noise.unflatten(0, (-1, coefficients.shape[1])).float()
     start = stacked[base] if base_at is None else stacked[base_at].squeeze(0)
     apart = stacked[adapters] - stacked[bases]
     y = start + (per_row(masks, coefficients) * apart).sum(0)
@@ -115,7 +115,7 @@ def local_definition(
 
 def regions_definition(noise: Tensor, regions: Tensor, coefficients: Tensor) -> Tensor:
     """`combine_regions` in plain torch."""
-    stacked = noise.unflatten(0, coefficients.shape).float()
+    stacked: Tensor = noise.unflatten(0, coefficients.shape).float()
     weights = per_row(regions, coefficients)
     whole = coefficients[:, :, None, None, None].expand_as(weights)
     weights = torch.where(weights.sum(0) == 0, whole, weights)

@@ -118,9 +118,9 @@ def strength_definition(
     noise: Tensor, adapters: Tensor, bases: Tensor, first: int, images: int, previous: Tensor | None, keep: float
 ) -> Tensor:
     """`place_strength` in plain torch."""
-    counted = noise.unflatten(0, (-1, first + images))[:, first:]
+    counted: Tensor = noise.unflatten(0, (-1, first + images))[:, first:]
     apart = counted[adapters].float() - counted[bases].float()
-    strength = torch.linalg.vector_norm(apart, dim=2)
+    strength: Tensor = torch.linalg.vector_norm(apart, dim=2)
     return strength.contiguous() if previous is None else keep * previous + (1 - keep) * strength
 
 

@@ -7,14 +7,11 @@ latents. A `Shared` tensor has rows only for what differs already.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from cmlora.errors import RunError
 from cmlora_kernels.layout import dense_format
 
 
@@ -27,6 +24,7 @@ class Rows:
         predictions, halves, images: what the rows are made of; halves is 1 where they are not known to start alike.
         index: their places in the whole batch, a slice where they are neighbours; None: all of it, in order.
         known: the slot of every prediction where the host knows it.
+        positions: which predictions of the step these are, where the host knows it; (): all, or unknown.
     """
 
     slots: Tensor
@@ -35,6 +33,7 @@ class Rows:
     images: int
     index: Tensor | slice | None = None
     known: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
     by_count: dict[int, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,39 +56,9 @@ class Rows:
             place = slice(first * self.own, last * self.own)
             index = self.index[place] if isinstance(self.index, Tensor) else place
             slots, known = self.slots[place], self.known[first:last]
-            parts.append(Rows(slots, last - first, self.halves, self.images, index, known))
+            positions = self.positions[first:last] or tuple(range(first, last))
+            parts.append(Rows(slots, last - first, self.halves, self.images, index, known, positions))
         return tuple(parts)
-
-
-class Running:
-    """The rows of the batch that is running; none outside a step.
-
-    One object is shared by all layers of a model, so that a change of rows is one assignment.
-    """
-
-    def __init__(self) -> None:
-        self.rows: Rows | None = None
-        self.owner: object = None  # the bank whose forwards are in force
-
-    @contextmanager
-    def these(self, rows: Rows) -> Iterator[None]:
-        """`rows` run for the length of a with block."""
-        before, self.rows = self.rows, rows
-        try:
-            yield
-        finally:
-            self.rows = before
-
-    def slots(self, count: int) -> Tensor:
-        """The slots of a batch of `count` rows: predictions x images, or with both guidance halves."""
-        assert self.rows is not None
-        by_count = self.rows.by_count
-        if count not in by_count:
-            raise RunError(
-                f"a LoRA layer got a batch of {count} where the step has {max(by_count)} rows: an attention "
-                "processor that splits the batch cannot be combined with cmlora"
-            )
-        return by_count[count]
 
 
 def pick(x: Tensor, index: Tensor | slice | None) -> Tensor:

@@ -14,6 +14,8 @@ from cmlora.errors import AdapterError, ConfigError
 
 ROLES_LOW = ("background",)
 BASE = -1
+ALL, NONE = -1, -2
+"""What a prediction has of the adapters of its slot, as in `batch.placing`: this file imports no torch."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class Step:
         rotate: whether dominance is decided anew in this step; else the last decision holds.
         dominant_coefficient, other_coefficient, base_coefficient: what a dominant, another and the base prediction
             are multiplied with before the sum.
+        adapters: number of predictions that are an adapter's; the base models' follow them.
+        bases: for each adapter's prediction the one of the base model that it is compared with; () without any.
+        who: what of the adapters of its slot a prediction has, where they have masks: as in `batch.placing`.
+        measured: whether the masks are made anew from this step's predictions.
     """
 
     slots: tuple[int, ...]
@@ -39,6 +45,10 @@ class Step:
     dominant_coefficient: float
     other_coefficient: float
     base_coefficient: float = 0.0
+    adapters: int = 1
+    bases: tuple[int, ...] = ()
+    who: tuple[int, ...] = ()
+    measured: bool = False
 
     @property
     def gated(self) -> bool:
@@ -80,24 +90,38 @@ def order_adapters(names: Sequence[str], config: CMLoRAConfig) -> tuple[str, ...
     Raises:
         AdapterError: too few adapters for the method.
     """
-    if config.method in ("composite", "cmlora") and len(names) < 2:
+    least = 1 if config.shared else 2
+    if config.method in ("composite", "cmlora") and len(names) < least:
         raise AdapterError(
             f"method={config.method!r} composes at least two adapters, got {', '.join(names) or 'none'}; "
             "load another LoRA and activate both with pipe.set_adapters([...]), or use method='merge'"
         )
-    if config.method == "switch" and not names:
-        raise AdapterError("method='switch' needs an adapter, got none; load one with pipe.load_lora_weights")
-    if config.method != "cmlora":
+    if config.method in ("switch", "routed") and not names:
+        raise AdapterError(f"method={config.method!r} needs an adapter, got none; load one with pipe.load_lora_weights")
+    if config.method != "cmlora" and not config.switch_stages:
         return tuple(names)
     high, low = partition_adapters(names, config)
     return high + low
 
 
 def make_recipes(config: CMLoRAConfig, names: Sequence[str]) -> tuple[Recipe, ...]:
-    """What the slots stand for: all adapters together for merge, else one each."""
-    if config.method == "merge":
-        return (tuple((name, 1.0) for name in names),) if names else ()
-    return tuple(((name, 1.0),) for name in names)
+    """What the slots stand for: one adapter each, or all together; shared adapters are in each of them.
+
+    The last one is the base model with the shared adapters, where there are any: the base model alone is slot -1.
+    """
+    shared = tuple((name, 1.0) for name in config.shared)
+    base: tuple[Recipe, ...] = (shared,) if shared else ()
+    if config.method == "no_lora":
+        return base
+    if config.method in ("merge", "routed"):
+        whole = (*((name, 1.0) for name in names), *shared)
+        return (whole, *base) if whole else ()
+    return (*(((name, 1.0), *shared) for name in names), *base)
+
+
+def base_slot(config: CMLoRAConfig, names: Sequence[str]) -> int:
+    """The slot of the base model."""
+    return len(make_recipes(config, names)) - 1 if config.shared else BASE
 
 
 def refresh_steps(config: CMLoRAConfig, steps: int) -> frozenset[int]:
@@ -143,45 +167,96 @@ def make_plan(config: CMLoRAConfig, names: Sequence[str], steps: int) -> tuple[S
     """
     if config.method in ("composite", "cmlora"):
         planned = _many(config, names, steps)
+    elif config.method == "routed":
+        planned = _routed(config, names, steps)
     else:
-        planned = _single(config, 0 if config.method == "no_lora" else len(names), steps)
+        planned = _single(config, names, steps)
     return tuple(_bound_age(planned, config.max_cache_age))
 
 
-def _single(config: CMLoRAConfig, adapters: int, steps: int) -> list[Step]:
+def _single(config: CMLoRAConfig, names: Sequence[str], steps: int) -> list[Step]:
     """no_lora, merge, switch: one prediction a step; a switch of adapters is a refresh."""
     refreshes = refresh_steps(config, steps)
+    only = base_slot(config, names) if config.method == "no_lora" or not names else 0
+    turns = _turns(config, names, steps) if config.method == "switch" else [only] * steps
     planned: list[Step] = []
-    only = 0 if adapters else BASE
-    for i in range(steps):
-        slot = (max(i - 1, 0) // config.switch_step) % adapters if config.method == "switch" else only
+    for i, slot in enumerate(turns):
         changed = bool(planned) and planned[-1].slots != (slot,)
         refresh = (0,) if i in refreshes or changed else ()
         planned.append(Step((slot,), refresh, False, None, None, False, 1.0, 1.0))
     return planned
 
 
+def _turns(config: CMLoRAConfig, names: Sequence[str], steps: int) -> list[int]:
+    """The adapter of each step of switch; with stages each one begins with its first adapter, and its own count."""
+    if not config.switch_stages:
+        return [max(i - 1, 0) // config.switch_step % len(names) for i in range(steps)]
+    high, low = partition_adapters(names, config)
+    early, late = range(len(high)), range(len(high), len(high) + len(low))
+    begin = next((i for i in range(steps) if not _is_early(config, i, steps)), steps) if low else steps
+    turns = [early[max(i - 1, 0) // config.switch_step % len(early)] for i in range(begin)]
+    return turns + [late[i // config.switch_step % len(late)] for i in range(steps - begin)]
+
+
+def _is_early(config: CMLoRAConfig, step: int, steps: int) -> bool:
+    # 120/220 of 220 steps is a hair below 120 in floating point
+    return step <= config.offline_boundary * steps + 1e-9
+
+
+def _routed(config: CMLoRAConfig, names: Sequence[str], steps: int) -> list[Step]:
+    """One prediction of all adapters; in the first steps every adapter alone and the base model beside it."""
+    refreshes, n, base = refresh_steps(config, steps), len(names), base_slot(config, names)
+    alone = (0, *(0 for _ in names), base)
+    planned = []
+    for i in range(steps):
+        measured = i < config.mask_steps and config.regions is None
+        slots, who = (alone, (ALL, *range(n), NONE)) if measured else ((0,), (ALL,))
+        refresh = tuple(range(len(slots))) if i in refreshes else ()
+        step = Step(slots, refresh, False, None, None, False, 1.0, 1.0, adapters=len(slots) - measured)
+        planned.append(replace(step, who=who, measured=measured))
+    return planned
+
+
 def _many(config: CMLoRAConfig, names: Sequence[str], steps: int) -> list[Step]:
     """composite, cmlora: a prediction per adapter, and the base's for combine='deviation'."""
-    n = len(names)
-    base = (n,) if config.combine == "deviation" else ()
-    slots = (*range(n), *(BASE for _ in base))
+    n, base_row = len(names), base_slot(config, names)
+    apart = base_prompts(config, names)  # base models on an adapter's own prompt, before the one on the pipeline's
+    base = () if config.combine == "mean" else tuple(range(n, n + len(apart) + 1))
+    slots = (*range(n), *(base_row for _ in base))
+    bases = tuple(n + (apart.index(name) if name in apart else len(apart)) for name in names) if base else ()
     everyone = tuple(range(len(slots)))
     refreshes = refresh_steps(config, steps)
     if config.method == "composite":
-        weights = _coefficients(config, n, 1.0)
-        return [
-            Step(slots, everyone if i in refreshes else (), False, None, None, False, *weights) for i in range(steps)
-        ]
+        dominance: Iterator[tuple[bool, int, int | None, int | None]] = ((False, 0, None, None) for _ in range(steps))
+    else:
+        dominance = _dominance(config, names, steps, refreshes)
     planned: list[Step] = []
-    for i, (rotate, turn, first, last) in enumerate(_dominance(config, names, steps, refreshes)):
+    for i, (rotate, turn, first, last) in enumerate(dominance):
         refreshing, known = i in refreshes, first == last
-        refresh = ((first, *base) if known else base) if refreshing else ()
-        if i == 0 or config.cache_interval == 1:
-            refresh, known = everyone, True
-        weights = _coefficients(config, n, _dominant_weight(config, n, turn))
-        planned.append(Step(slots, refresh, refreshing and not known, first, last, rotate, *weights))
+        if first is None or i == 0 or config.cache_interval == 1:
+            refresh, known = everyone if refreshing else (), True
+        else:
+            refresh = ((first, *base) if known else base) if refreshing else ()
+        weight = 1.0 if first is None else _dominant_weight(config, n, turn)
+        planned.append(
+            Step(
+                slots,
+                refresh,
+                refreshing and not known,
+                first,
+                last,
+                rotate,
+                *_coefficients(config, n, weight),
+                adapters=n,
+                bases=bases,
+            )
+        )
     return planned
+
+
+def base_prompts(config: CMLoRAConfig, names: Sequence[str]) -> tuple[str, ...]:
+    """The adapters with a prompt of their own, each compared with the base model on that prompt."""
+    return tuple(name for name in names if name in (config.prompts or {}))
 
 
 def _dominance(
@@ -198,8 +273,7 @@ def _dominance(
             turn += 1
             first, last = early[turn % len(early)], late[turn % len(late)]
             if config.partition != "online":
-                # 120/220 of 220 steps is a hair below 120 in floating point
-                first = last = first if i <= config.offline_boundary * steps + 1e-9 else last
+                first = last = first if _is_early(config, i, steps) else last
             elif i == 0:
                 last = first  # there is no previous step: m = 1
         yield rotate, turn, first, last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Iterator
@@ -12,19 +13,22 @@ import torch
 from torch import Tensor
 
 from cmlora.batch.inputs import Inputs
-from cmlora.batch.rows import Rows, Running
-from cmlora.compose.plan import BASE, Step, make_plan, make_recipes, order_adapters
-from cmlora.config import CMLoRAConfig, Recipe
+from cmlora.batch.rows import Rows
+from cmlora.batch.running import Running
+from cmlora.compose.places import Combiner, Routing, region_masks
+from cmlora.compose.plan import Step, make_plan, make_recipes, order_adapters
+from cmlora.config import CMLoRAConfig
 from cmlora.engine.footprint import RunShape
-from cmlora.engine.run import Lane, Record, Run, with_base
+from cmlora.engine.run import Lane, Record, Run, with_bases
 from cmlora.engine.spending import Spending
-from cmlora.errors import AdapterError, RunError
-from cmlora.lora.bank import choose_adapters, elsewhere
+from cmlora.engine.work import Work
+from cmlora.errors import AdapterError, ConfigError, RunError
+from cmlora.lora.bank import AdapterBank, choose_adapters, elsewhere, with_masks
 from cmlora.lora.state import Switches, fingerprint
 from cmlora.models import find_family
 from cmlora.models.caller import calling_code
 from cmlora.models.family import Call
-from cmlora_kernels import combine_noise, dominant_from_latents, high_frequency_share
+from cmlora_kernels import dominant_from_latents, high_frequency_share
 
 
 class Denoiser:
@@ -47,7 +51,7 @@ class Denoiser:
         self.last_run: Run | None = None
         self._turn = threading.Lock()
         self.names = self._choose_names(first=True)
-        self._bank = self.spending.build(self._recipes, lenient=self._lenient)
+        self._bank = self._build()
         self._bank_key, self._switches = self._key(), Switches(self.module)
         self._state: tuple[object, ...] = ()
 
@@ -90,44 +94,50 @@ class Denoiser:
     @property
     def _lenient(self) -> bool:
         """A merge is what the plain pipeline draws, whatever state its adapters are in."""
-        return self.config.method == "merge" and self.config.adapters is None
-
-    @property
-    def _recipes(self) -> tuple[Recipe, ...]:
-        return make_recipes(self.config, self.names)
+        return self.config.method == "merge" and self.config.adapters is None and not self.config.shared
 
     def _key(self) -> tuple[object, ...]:
         return (fingerprint(self.module), self.spending.device)
 
     def _choose_names(self, *, first: bool) -> tuple[str, ...]:
-        """The adapters that take part, in the order of their slots; raises AdapterError or ConfigError."""
+        """The adapters that take part, in the order of their slots, but for shared ones.
+
+        Raises:
+            AdapterError, ConfigError: adapters that are missing, or named where they take no part.
+        """
+        config, several = self.config, self.config.method != "merge"
+        others, none_is_fine = elsewhere(self._pipe()), self._lenient and not first
+        choose = functools.partial(choose_adapters, self.module, several=several, elsewhere=others)
+        if config.shared:
+            choose(config.shared)
         names: tuple[str, ...] = ()
-        if self.config.method != "no_lora":
-            several = self.config.method != "merge"
-            others = elsewhere(self._pipe())
-            names = choose_adapters(
-                self.module,
-                self.config.adapters,
-                several=several,
-                elsewhere=others,
-                lenient=self._lenient and not first,
-            )
-            measured = {*self.config.high, *self.config.low}
+        if config.method != "no_lora":
+            chosen = choose(config.adapters, lenient=none_is_fine)
+            names = tuple(name for name in chosen if name not in config.shared)
+            measured = {*config.high, *config.low}
             if self.profiled and measured != {*names}:
                 raise AdapterError(
                     f"high='auto' was settled for the adapters {', '.join(sorted(measured))}, which are now "
                     f"{', '.join(names)}; call cmlora.accelerate(pipe, high='auto', ...) again"
                 )
-            names = order_adapters(names, self.config)
-        make_plan(self.config, names, 1)  # high and low must name adapters that take part
+            names = order_adapters(names, config)
+        for field, given in (("regions", config.regions), ("prompts", config.prompts)):
+            unknown = [name for name in given or () if name not in names]
+            if unknown:
+                raise ConfigError(f"{field} names {', '.join(unknown)}, but the adapters are {', '.join(names)}")
+        make_plan(config, names, 1)  # high and low must name adapters that take part
         return names
+
+    def _build(self) -> AdapterBank:
+        bank = self.spending.build(make_recipes(self.config, self.names), lenient=self._lenient)
+        return with_masks(bank, self.names) if self.config.method == "routed" else bank
 
     def renew(self, scale: float) -> None:
         """Take over what the layers hold now; stack them anew if adapters, ranks or the device changed."""
         key = self._key()
         if self._bank_key != key:
             self.names = self._choose_names(first=False)
-            bank = self.spending.build(self._recipes, lenient=self._lenient)
+            bank = self._build()
             self.spending.close()
             self._bank, self._bank_key, self._switches = bank, key, Switches(self.module)
             self.spending.open(bank)
@@ -175,6 +185,7 @@ class Denoiser:
             lane.forget()
             if self.names != names:
                 lane.cache, lane.weights, lane.dominant, lane.record = None, None, None, []
+                lane.combiner = lane.routing = None
                 lane.rows.clear()
         if self.names != names:
             run.plan = make_plan(self.config, self.names, len(run.plan))
@@ -195,6 +206,7 @@ class Denoiser:
         if lane.footprint is None:
             self._begin(run, lane, inputs)
         gate = self._choose(lane, step, inputs, index)
+        lane.carry_cache(step)
         everyone = lane.rows_of(step, tuple(range(len(step.slots))), device)
         full = step.full or lane.cache is None
         deep = everyone if full else lane.deep_rows(step, device)
@@ -222,29 +234,62 @@ class Denoiser:
     ) -> Tensor:
         """All predictions of a step, combined: [own, ...]; refreshes the lane's cache."""
         step = run.plan[index]
-        weights = lane.weights if len(step.slots) > 1 else None
-        # the base model is the last prediction
-        follow = self.config.cache_follow and BASE in step.slots and len(step.slots) - 1 in step.refresh
+        combine = self._combination(run, lane, step, inputs)
+        masks = None if lane.routing is None else lane.routing.masks
+        # the base models are the last predictions, and where an adapter is compared with one its feature follows it
+        follow = step.bases if self.config.cache_follow and {*step.bases} <= {*step.refresh} else ()
         cache = None if full else lane.cache
         lane.cache = None  # let go of before its successor is made
-        captured = self.spending.captured_steps(run, lane, inputs)
-        assert run.strategy is not None
+        captured = None if step.measured else self.spending.captured_steps(run, lane, inputs)
+        work = Work(everyone, deep, follow, combine, step.who)
         if captured is not None:
             if not captured.holds(lane.conditions, inputs):
                 lane.conditions = captured.begin(inputs, everyone, run.timesteps)
                 lane.held = captured.held
-            noise, lane.cache = captured.step(inputs, index, everyone, deep, cache, weights, follow)
+            noise, lane.cache = captured.step(inputs, index, work, cache, lane.weights, masks)
             return noise
         conditions = self.batched.prepare(inputs, everyone, lane.conditions, run.timesteps)
         lane.conditions, lane.held = conditions, conditions.held
+        assert run.strategy is not None
+        placing = None if lane.routing is None else lane.routing.placing(step.who, inputs.sample.device)
         at_once = run.strategy.at_once
-        noise, lane.cache = self.batched.run(inputs, everyone, deep, cache, conditions, index, at_once, follow)
-        return noise if weights is None else combine_noise(noise, weights, backend=self.config.backend)
+        noise, lane.cache = work.run(self.batched, inputs, cache, conditions, index, at_once, lane.weights, placing)
+        if step.measured:
+            assert lane.routing is not None
+            lane.routing.measure(self.batched.as_image(noise), lane.own, lane.halves)
+            return noise[: lane.own]
+        return noise
+
+    def _combination(self, run: Run, lane: Lane, step: Step, inputs: Inputs) -> Combiner | None:
+        """How the step's predictions become one; None: there is but one, or the first is it."""
+        config, sample = self.config, inputs.sample
+        routed, local = config.method == "routed", config.combine == "local" and len(step.slots) > 1
+        if len(run.lanes) > 1 and (local or (routed and config.regions is None)):
+            raise RunError(
+                "masks come from the conditional half of the guidance, and of halves that are called one by one it is "
+                "not known which that is; pass both in one batch, or give `regions`"
+            )
+        if routed:
+            if lane.routing is None:
+                height, width = self.batched.latents(inputs).shape[-2:]
+                regions = None
+                if config.regions is not None:
+                    images = lane.own // lane.halves
+                    regions = region_masks(config.regions, self.names, (height, width), sample.device)
+                    regions = regions.expand(-1, images, -1, -1)
+                lane.routing = Routing(config, len(self.names), regions)
+            return None
+        if len(step.slots) == 1:
+            return None
+        if lane.combiner is None:
+            height, width = self.batched.latents(inputs).shape[-2:]
+            lane.combiner = Combiner(config, step, lane.own, lane.halves, self.names, (height, width), sample.device)
+        return lane.combiner
 
     def _choose(self, lane: Lane, step: Step, inputs: Inputs, index: int) -> Tensor | None:
         """Weights per prediction and image, the dominant adapter where the device decides; returns the gate's m."""
         config, gate = self.config, None
-        adapters = sum(slot >= 0 for slot in step.slots)
+        adapters = step.adapters
         if step.gated and step.rotate:
             assert step.early is not None
             assert step.late is not None
@@ -259,12 +304,12 @@ class Denoiser:
                 step.other_coefficient,
                 backend=config.backend,
             )
-            lane.weights = with_base(weights, step)
+            lane.weights = with_bases(weights, step)
         elif lane.weights is None or (step.rotate and not step.gated):
             weights = torch.full((adapters, lane.own), step.other_coefficient, device=inputs.sample.device)
             if step.early is not None:
                 weights[step.early] = step.dominant_coefficient
-            lane.weights = with_base(weights, step)
+            lane.weights = with_bases(weights, step)
         if gate is None and config.method == "cmlora" and config.partition == "online" and index > 0:
             latents = self.batched.latents(inputs)
             gate = high_frequency_share(latents, config.online_cutoff, backend=config.backend)  # for the summary

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cmlora.batch.inputs import Held, Inputs
+from cmlora.batch.placing import Placing
 from cmlora.batch.rows import Rows
+from cmlora.engine.work import Work
 from cmlora.models.family import Batched, Conditions
-from cmlora_kernels import combine_noise
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -47,6 +48,7 @@ class Captured:
         self.inputs = inputs.map(lambda x: x.to(device, copy=True))
         self.cache: Tensor | None = None
         self.noise: Tensor | None = None
+        self.masks: Tensor | None = None
         self.conditions: Conditions | None = None
         self.held: Held | None = None
         self._kinds: dict[tuple[object, ...], _Kind] = {}
@@ -75,31 +77,33 @@ class Captured:
         self,
         inputs: Inputs,
         index: int,
-        everyone: Rows,
-        deep: Rows | None,
+        work: Work,
         cache: Tensor | None,
         weights: Tensor | None,
-        follow: bool = False,
+        masks: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """One step, as `Batched.run` and `combine_noise` behind it.
+        """One step, as `Work.run`.
 
         Args:
             inputs: of the pipeline's own rows.
             index: position in the run.
-            everyone, deep: all rows; those that run the deep part.
+            work: what it computes.
             cache: the cached features; None where everyone runs the deep part.
-            weights: [predictions, images]; None: a single prediction is the noise.
-            follow: as for `Batched.run`.
+            weights: [predictions, own]. masks: [adapters, images, height, width] of adapters that share a slot.
         """
         assert self.conditions is not None
         self._load(inputs)
         self.one_step.load_step(self.conditions, index)
         if cache is not None and cache is not self.cache:  # of a run that began eagerly or in another shape
             self.cache = cache.clone() if self.cache is None else self.cache.copy_(cache)
-        key = (everyone.known, 0 if deep is None else deep.predictions, cache is None, follow)
+        if masks is not None:
+            self.masks = masks.clone() if self.masks is None else self.masks.copy_(masks)
+        deep = work.deep
+        refreshed = 0 if deep is None else deep.predictions
+        key = (work.everyone.known, refreshed, cache is None, work.follow, id(work.combine), masks is None)
         if key not in self._kinds:
             given = None if weights is None else weights.clone()
-            self._kinds[key] = _Kind(self, everyone, _buffers(deep), given, follow)
+            self._kinds[key] = _Kind(self, replace(work, deep=_buffers(deep)), given)
         kind = self._kinds[key]
         kind.load(deep, weights)
         kind.run()
@@ -117,18 +121,17 @@ class _Kind:
     """One kind of step: a function of buffers alone."""
 
     owner: Captured
-    everyone: Rows
-    deep: Rows | None
+    step: Work  # its refreshed rows' slots and places in memory of their own
     weights: Tensor | None
-    follow: bool
     replay: Callable[[], None] | None = None
     warm: bool = False
 
     def load(self, deep: Rows | None, weights: Tensor | None) -> None:
-        if self.deep is not None and deep is not None and isinstance(self.deep.index, Tensor):
+        mine = self.step.deep
+        if mine is not None and deep is not None and isinstance(mine.index, Tensor):
             assert isinstance(deep.index, Tensor)
-            self.deep.slots.copy_(deep.slots)
-            self.deep.index.copy_(deep.index)
+            mine.slots.copy_(deep.slots)
+            mine.index.copy_(deep.index)
         if self.weights is not None and weights is not None:
             self.weights.copy_(weights)
 
@@ -142,13 +145,14 @@ class _Kind:
         self.replay()
 
     def work(self) -> None:
-        owner, everyone = self.owner, self.deep is not None and self.deep.index is None
-        before = None if everyone else owner.cache
-        noise, cache = owner.batched.run(
-            owner.inputs, self.everyone, self.deep, before, owner.one_step, 0, owner.at_once, self.follow
+        owner, step = self.owner, self.step
+        before = None if step.deep is not None and step.deep.index is None else owner.cache
+        placing = None
+        if step.who and owner.masks is not None:
+            placing = Placing(step.who, owner.masks, owner.masks.shape[0], owner.masks.device)
+        noise, cache = step.run(
+            owner.batched, owner.inputs, before, owner.one_step, 0, owner.at_once, self.weights, placing
         )
-        if self.weights is not None:
-            noise = combine_noise(noise, self.weights, backend=owner.batched.backend)
         owner.cache = _keep(owner.cache, cache)
         owner.noise = _keep(owner.noise, noise)
 

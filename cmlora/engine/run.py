@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cmlora.batch.inputs import Held, Inputs
 from cmlora.batch.rows import Rows
+from cmlora.compose.places import Combiner, Routing
 from cmlora.compose.plan import Step
 from cmlora.engine.budget import Strategy
 from cmlora.engine.footprint import RunShape
@@ -32,6 +33,7 @@ class Lane:
         cache: [rows, ...] cached features; conditions: what is computed once; held: the inputs that it is made of.
         rows: of the steps so far, by what they are made of.
         dominant: [own], where the device chose it; weights: [predictions, own].
+        combiner, routing: how predictions become one; masks. slots: of the last step's predictions, in the cache.
         footprint: of its memory. capturable: what its captured steps rest on; () where it has none.
         record: of its steps, for the summary.
     """
@@ -47,6 +49,9 @@ class Lane:
     rows: dict[tuple[int, ...], Rows] = field(default_factory=dict)
     dominant: Tensor | None = None
     weights: Tensor | None = None
+    combiner: Combiner | None = None
+    routing: Routing | None = None
+    slots: tuple[int, ...] = ()
     footprint: RunShape | None = None
     capturable: tuple[object, ...] | None = None
     record: list[Record] = field(default_factory=list)
@@ -57,7 +62,7 @@ class Lane:
             self._shrink(sample)
         elif halves != self.halves:
             self.rows.clear()  # somebody else calls now, of whose halves nothing is certain, or no longer
-            self.halves, self.capturable = halves, None
+            self.halves, self.capturable, self.combiner = halves, None, None
 
     def _shrink(self, sample: Tensor) -> None:
         """The conditional half goes on alone."""
@@ -72,8 +77,10 @@ class Lane:
         self.dominant = None if self.dominant is None else self.dominant[half:]
         self.weights = None if self.weights is None else self.weights[:, half:]
         self.own, self.shape, self.halves = half, sample.shape, 1
+        if self.routing is not None and self.routing.masks is not None:
+            self.routing.strength = None  # of as many images as before; guidance ends late, masks are made early
         self.rows.clear()
-        self.capturable = None
+        self.capturable = self.combiner = None
 
     def forget(self) -> None:
         """Adapters were changed in mid-run: what was computed with the old ones once and for all is made anew."""
@@ -89,8 +96,18 @@ class Lane:
             if len(predictions) < len(step.slots):
                 places = torch.tensor(predictions, device=device).repeat_interleave(self.own)
                 index = places * self.own + torch.arange(self.own, device=device).repeat(len(predictions))
-            self.rows[key] = Rows(slots, len(predictions), self.halves, self.own // self.halves, index, known)
+            images = self.own // self.halves
+            self.rows[key] = Rows(slots, len(predictions), self.halves, images, index, known, predictions)
         return self.rows[key]
+
+    def carry_cache(self, step: Step) -> None:
+        """Of the cached features those of this step's predictions; none where one of them has no feature yet."""
+        if self.cache is not None and self.slots != step.slots:
+            if self.slots[: len(step.slots)] == step.slots:
+                self.cache = self.cache[: len(step.slots) * self.own].clone()  # to let go of the others
+            else:
+                self.cache = None
+        self.slots = step.slots
 
     def deep_rows(self, step: Step, device: torch.device) -> Rows | None:
         """The rows that run the whole model in a step; None: none."""
@@ -219,9 +236,15 @@ class Record:
     cache_bytes: int
 
 
-def with_base(weights: Tensor, step: Step) -> Tensor:
-    """Append the base prediction's row where there is one."""
-    bases = len(step.slots) - weights.shape[0]
-    if not bases:
+def with_bases(weights: Tensor, step: Step) -> Tensor:
+    """Append the base predictions' rows where there are any; weights [adapters, own]."""
+    count = len(step.slots) - step.adapters
+    if not count:
         return weights
-    return torch.cat((weights, weights.new_full((bases, weights.shape[1]), step.base_coefficient)))
+    if count == 1:
+        return torch.cat((weights, weights.new_full((1, weights.shape[1]), step.base_coefficient)))
+    rows = weights.new_zeros(count, weights.shape[1])
+    rows[-1] = 1  # the one on the pipeline's own prompt; each loses what its adapters are compared with
+    for adapter, base in enumerate(step.bases):
+        rows[base - step.adapters] -= weights[adapter]
+    return torch.cat((weights, rows))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from cmlora.batch.inputs import Inputs
-from cmlora.batch.rows import Running
+from cmlora.batch.running import Running
 from cmlora.config import CMLoRAConfig, Recipe
 from cmlora.engine.budget import Strategy, choose, strategies
 from cmlora.engine.footprint import keep_freed_memory, peak_of_run
@@ -70,7 +70,7 @@ class Spending:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.merging, self.transforming = Merging(self.module, {}), Transforming(self.module)
-        install(bank, self.running, self.config.backend)
+        install(bank, self.running, self.config.backend, self.batched.placeless())
         self._stack(self.config.memory_budget is None)  # with a budget, a run's strategy says
 
     def close(self) -> None:
@@ -128,6 +128,8 @@ class Spending:
     @property
     def may_merge(self) -> bool:
         """On the CPU low-rank updates cost many small operations; merged weights none, up to the module's own size."""
+        if self.config.method == "routed":
+            return False  # its adapters have a weight per token
         if self.config.merge_weights is not None:
             return self.config.merge_weights
         if self.device.type != "cpu" or self.config.backend == "triton":

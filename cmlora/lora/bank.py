@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,12 +35,14 @@ class LayerBank:
         scales: [slots, 1] float32: weight times scaling of a slot's only adapter, one for several; zero where no
             adapter of the slot touches the layer.
         groups: [slots, rank] int32 on the host: whose column that is, as a position in `AdapterBank.names`; -1 padding.
+        masked: [slots, rank] int32 beside a: which mask multiplies the column, -1 none; None: there are no masks.
     """
 
     a: Tensor
     b: Tensor
     scales: Tensor
     groups: Tensor
+    masked: Tensor | None = None
 
 
 class Place(NamedTuple):
@@ -220,6 +222,17 @@ def build_bank(
                 layers.append((layer, bank))
                 places += [] if bank is None else _fit(layer, here, bank, names)
     return AdapterBank(tuple(recipes), tuple(layers), tuple(kept), tuple(places))
+
+
+def with_masks(bank: AdapterBank, names: Sequence[str]) -> AdapterBank:
+    """The same bank, its columns multiplied by masks: mask i is that of names[i]; other adapters have none."""
+    table = torch.tensor([*(names.index(name) if name in names else -1 for name in bank.names), -1], dtype=torch.int32)
+    layers = []
+    for layer, one in bank.layers:
+        if one is not None:
+            one = replace(one, masked=table[one.groups.long()].to(one.a.device))
+        layers.append((layer, one))
+    return replace(bank, layers=tuple(layers))
 
 
 def _here(layer: LoraLayer, recipe: Recipe, lenient: bool) -> Recipe:

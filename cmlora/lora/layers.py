@@ -6,9 +6,9 @@ the module tree, its names and its `state_dict` never change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmlora.batch.replaced import give_back_forward, replace_forward
-from cmlora.batch.rows import Running
+from cmlora.batch.running import Running
 from cmlora.lora.bank import AdapterBank, LayerBank, outline, tuner_layers
 from cmlora.lora.plain import computes_plainly, hooked, unhooked
 from cmlora.lora.winograd import is_transformed
@@ -87,6 +87,7 @@ class MultiLora(Replaced):
         self.base = layer.get_base_layer()
         self.bank = bank
         self.backend: Any = backend
+        self.placeless = False  # whether its tokens are never places of the image: the prompt's keys and values
         self.merged: Tensor | None = None  # a weight per adapter, where `merged.Merging` is on
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -118,17 +119,19 @@ class MultiLoraLinear(MultiLora):
         cast = x.to(bank.a.dtype)
         tokens = cast if x.ndim == 3 else cast.reshape(x.shape[0], -1, x.shape[-1])
         self.seen = (tokens.shape[0], tokens.shape[1])
+        weights = self.running.weights(*self.seen, placeless=self.placeless or x.ndim == 2)
+        how: dict[str, Any] = {"backend": self.backend}
+        if weights is not None:
+            how |= {"token_weights": weights, "groups": bank.masked}
         if not self.plain(bank):
             y, dtype = self.called(x, bank.a.dtype)
             flat = y if y.ndim == 3 else y.reshape(*tokens.shape[:2], -1)
-            flat = multi_lora_add_(flat, tokens, slots, bank.a, bank.b, bank.scales, backend=self.backend)
+            flat = multi_lora_add_(flat, tokens, slots, bank.a, bank.b, bank.scales, **how)
             return flat.view_as(y).to(dtype)
         if self.merged is not None:
             y = merged_linear(tokens, self.merged, base.bias, slots, backend=self.backend)
         else:
-            y = multi_lora_linear(
-                tokens, base.weight, base.bias, slots, bank.a, bank.b, bank.scales, backend=self.backend
-            )
+            y = multi_lora_linear(tokens, base.weight, base.bias, slots, bank.a, bank.b, bank.scales, **how)
         return y if x.ndim == 3 else y.view(*x.shape[:-1], y.shape[-1])
 
     def plain(self, bank: LayerBank) -> bool:
@@ -165,7 +168,7 @@ class MultiLoraConv2d(MultiLora):
                 stride=base.stride,
                 padding=base.padding,
                 dilation=base.dilation,
-                backend=self.backend,
+                **self.how(x.shape[0], _out_size(x, base) if self.running.placing else (0, 0), bank),
             )
         y, dtype = self.called(x, bank.a.dtype)
         for way, members in ways.items():
@@ -186,7 +189,25 @@ class MultiLoraConv2d(MultiLora):
         mode, padding, stride, dilation, pads = way
         if mode != "zeros" or not isinstance(padding, tuple):
             x, padding = F.pad(x, pads, mode="constant" if mode == "zeros" else mode), (0, 0)
-        multi_lora_conv2d_add_(y, x, slots, bank.a, b, bank.scales, stride, padding, dilation, backend=self.backend)
+        how = self.how(y.shape[0], (y.shape[2], y.shape[3]), bank)
+        multi_lora_conv2d_add_(y, x, slots, bank.a, b, bank.scales, stride, padding, dilation, **how)
+
+    def how(self, count: int, size: tuple[int, int], bank: LayerBank) -> dict[str, Any]:
+        """Backend and, where the adapters have masks, the weights of the output's pixels."""
+        weights = self.running.pixel_weights(count, size)
+        if weights is None:
+            return {"backend": self.backend}
+        return {"backend": self.backend, "token_weights": weights, "groups": bank.masked}
+
+
+def _out_size(x: Tensor, layer: nn.Conv2d) -> tuple[int, int]:
+    """Height and width of what a convolution with plain padding returns."""
+    pads = cast("tuple[int, int]", layer.padding)
+    sizes = zip(x.shape[2:], pads, layer.dilation, layer.kernel_size, layer.stride, strict=True)
+    height, width = (
+        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for size, pad, dilation, kernel, stride in sizes
+    )
+    return height, width
 
 
 def _columns(bank: LayerBank, members: list[int]) -> Tensor:
@@ -231,12 +252,19 @@ def untouched(model: nn.Module) -> bool:
     )
 
 
-def install(bank: AdapterBank, running: Running, backend: str) -> None:
-    """Put a batched forward on every layer of the bank; forwards of another bank are no longer in force."""
+def install(bank: AdapterBank, running: Running, backend: str, placeless: Collection[nn.Module] = ()) -> None:
+    """Put a batched forward on every layer of the bank; forwards of another bank are no longer in force.
+
+    Args:
+        bank: of the layers. running: where they read which rows run. backend: of the kernels.
+        placeless: layers whose tokens are never places of the image.
+    """
     running.owner = bank
     for layer, layer_bank in bank.layers:
         kind = MultiLoraConv2d if isinstance(layer.get_base_layer(), nn.Conv2d) else MultiLoraLinear
-        replace_forward(layer, kind(layer, layer_bank, bank, running, backend))
+        forward = kind(layer, layer_bank, bank, running, backend)
+        forward.placeless = layer in placeless
+        replace_forward(layer, forward)
     for kept in bank.kept:
         replace_forward(kept, Kept(kept, bank, running))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmlora.batch.rows import Running
+from cmlora.batch.running import Running
 from cmlora.lora.bank import LayerBank, outline
 from cmlora.lora.layers import MultiLoraLinear, forward_of
 from cmlora.lora.plain import computes_plainly, hooked
@@ -49,7 +49,19 @@ class StackedProjection:
         bank, slots = self.bank, self.running.slots(x.shape[0])
         if self.merged is not None:
             return merged_linear(x, self.merged, self.bias, slots, backend=self.backend)
-        return multi_lora_linear(x, self.weight, self.bias, slots, bank.a, bank.b, bank.scales, backend=self.backend)
+        weights = self.running.weights(x.shape[0], x.shape[1], placeless=False)
+        return multi_lora_linear(
+            x,
+            self.weight,
+            self.bias,
+            slots,
+            bank.a,
+            bank.b,
+            bank.scales,
+            backend=self.backend,
+            token_weights=weights,
+            groups=None if weights is None else bank.masked,
+        )
 
     def copies(self) -> tuple[Copies, Copies]:
         """Of the base weights, and of the layers' banks; what a layer lacks stays zero."""
@@ -91,7 +103,19 @@ def _stack_parts(banks: Sequence[LayerBank | None]) -> LayerBank:
     for part, bank in enumerate(banks):
         if bank is not None:
             groups[:, part * rank : part * rank + bank.groups.shape[1]] = bank.groups
-    return LayerBank(a, b, present.scales.new_zeros(slots, len(banks)), groups)
+    return LayerBank(a, b, present.scales.new_zeros(slots, len(banks)), groups, _stack_masked(banks, groups))
+
+
+def _stack_masked(banks: Sequence[LayerBank | None], groups: Tensor) -> Tensor | None:
+    """Which mask multiplies a column; laid out as `groups`."""
+    masked = None
+    rank = groups.shape[1] // len(banks)
+    for part, bank in enumerate(banks):
+        if bank is not None and bank.masked is not None:
+            if masked is None:
+                masked = torch.full(groups.shape, -1, dtype=torch.int32, device=bank.masked.device)
+            masked[:, part * rank : part * rank + bank.masked.shape[1]] = bank.masked
+    return masked
 
 
 def stack_projections(model: nn.Module, running: Running, backend: str) -> dict[nn.Module, StackedProjection]:

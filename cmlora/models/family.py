@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from cmlora.batch.inputs import Held, Inputs
-from cmlora.batch.rows import Rows, Running, Shared, pick, whole
+from cmlora.batch.rows import Rows, Shared, pick, whole
+from cmlora.batch.running import Running
 from cmlora.config import CMLoRAConfig
 from cmlora.lora.stacked import StackedProjection
 from cmlora_kernels import scatter_rows
@@ -131,6 +132,18 @@ class Batched(ABC, Generic[I, C]):
     def latents(self, inputs: I) -> Tensor:
         """[own rows, channels, height, width] what is denoised, for the spectrum; channels of the noise alone."""
 
+    def as_image(self, noise: Tensor) -> Tensor:
+        """Predictions as [rows, channels, height, width], for masks; a view."""
+        return noise
+
+    def as_noise(self, image: Tensor) -> Tensor:
+        """The way back of `as_image`."""
+        return image
+
+    def placeless(self) -> set[nn.Module]:
+        """Layers whose tokens are never places of the image: what makes the prompt's keys and values."""
+        return set()
+
     def predictable(self) -> bool:
         """Whether the module can be run on tensors without data: no code of the user's is in it."""
         return True
@@ -155,7 +168,7 @@ class Batched(ABC, Generic[I, C]):
         conditions: C,
         step: int,
         at_once: int | None = None,
-        follow: bool = False,
+        follow: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor]:
         """One step.
 
@@ -167,7 +180,8 @@ class Batched(ABC, Generic[I, C]):
             conditions: of `prepare`.
             step: position in the run.
             at_once: at most so many predictions run together; None: all of them.
-            follow: move what is not refreshed as the base model's feature moves, which is the last prediction's.
+            follow: for each adapter's prediction the base model's that its cached feature moves with, while it is not
+                refreshed itself; the base models are the last predictions and are refreshed. (): none moves.
 
         Returns:
             Predictions [rows, ...], and the cache.
@@ -176,8 +190,8 @@ class Batched(ABC, Generic[I, C]):
         heads = [self._head(part) for part in parts]
         if deep is not None:
             hidden, above = _joined(parts, [hidden for hidden, _ in heads]), heads[0][1]
-            moving = follow and cache is not None
-            later = []  # what waits until the base model's feature, the last, is known
+            moving = bool(follow) and cache is not None
+            later = []  # what waits until the base models' features, the last, are known
             for rows in deep.split(at_once):
                 part = self.part(inputs, conditions, rows, everyone, step)
                 feature = self._deep(part, _those_of(hidden, rows, everyone), above)
@@ -186,7 +200,7 @@ class Batched(ABC, Generic[I, C]):
                 else:
                     cache = self._store(feature, rows, everyone, cache)
             if later and cache is not None:
-                _follow_base(cache, later[-1][1][-everyone.own :])
+                _follow_bases(cache, [feature for _, feature in later], follow, everyone)
             for rows, feature in later:
                 cache = self._store(feature, rows, everyone, cache)
             del hidden, above
@@ -221,10 +235,17 @@ class Batched(ABC, Generic[I, C]):
         return cache
 
 
-def _follow_base(cache: Tensor, base: Tensor) -> None:
-    """Move all cached features [predictions * own rows, ...] as the base model's, the last, moves to `base`."""
-    own = base.shape[0]
-    cache.view(-1, own, *base.shape[1:]).add_(base - cache[-own:])
+def _follow_bases(cache: Tensor, features: Sequence[Tensor], follow: tuple[int, ...], everyone: Rows) -> None:
+    """Move all cached features [predictions * own rows, ...] as their base models' move, the last of `features`."""
+    own, count = everyone.own, everyone.predictions - len(follow)
+    if count == 1:
+        base = features[-1][-own:]
+        cache.view(-1, own, *base.shape[1:]).add_(base - cache[-own:])
+        return
+    bases = torch.cat(list(features))[-count * own :]
+    moved = (bases - cache[-count * own :]).view(count, own, *cache.shape[1:])
+    for adapter, to in enumerate(follow):
+        cache[adapter * own : (adapter + 1) * own] += moved[to - len(follow)]
 
 
 def _joined(parts: Sequence[Part], xs: Sequence[Shared]) -> Shared:

@@ -21,7 +21,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from cmlora.batch.inputs import Inputs
-from cmlora.batch.rows import Rows, Running, Shared, pick, whole
+from cmlora.batch.rows import Rows, Shared, pick, whole
+from cmlora.batch.running import Running
 from cmlora.lora.bank import outline
 from cmlora.lora.layers import carrying, forward_of, untouched
 from cmlora.lora.plain import hooked, unhooked

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from cmlora.batch.rows import Running
+from cmlora.batch.running import Running
 from cmlora.config import CMLoRAConfig
 from cmlora.errors import RunError
 from cmlora.models.caller import calling_pipeline

@@ -17,8 +17,10 @@ from diffusers.utils.torch_utils import apply_freeu
 from torch import Tensor, nn
 
 from cmlora.batch.inputs import map_tensors
-from cmlora.batch.rows import Rows, Running, Shared, add, concat, lift, whole
+from cmlora.batch.rows import Rows, Shared, add, concat, lift, whole
+from cmlora.batch.running import Running
 from cmlora.config import CMLoRAConfig
+from cmlora.lora.bank import outline
 from cmlora.lora.layers import untouched
 from cmlora.models.family import Batched
 from cmlora.models.unet.blocks import DownUnit, UpUnit, check_supported, cut_of, down_units, up_units
@@ -52,6 +54,11 @@ class BatchedUNet(Batched[UNetInputs, UNetConditions]):
     def latents(self, inputs: UNetInputs) -> Tensor:
         channels = self.module.config.out_channels  # an inpainting UNet's input carries the mask behind them
         return inputs.sample[:, :channels]
+
+    def placeless(self) -> set[nn.Module]:
+        crossing = [m for _, m in outline(self.module) if getattr(m, "is_cross_attention", False)]
+        layers = (getattr(m, name, None) for m in crossing for name in ("to_k", "to_v", "add_k_proj", "add_v_proj"))
+        return {layer for layer in layers if layer is not None}
 
     def predictable(self) -> bool:
         processors = {type(p).__module__.split(".")[0] for p in self.module.attn_processors.values()}
@@ -200,6 +207,11 @@ class UNetPart:
         return Shared(module(whole(x, self.rows), self._embedding), True, True)
 
     def _attention(self, module: Any, x: Shared) -> Shared:
+        height, width = x.value.shape[-2:]
+        with self.batched.running.at((height, width)):
+            return self._attend(module, x)
+
+    def _attend(self, module: Any, x: Shared) -> Shared:
         if module in self.conditions.plain:
             return plain_transformer(module, x, self.conditions, self.rows, self.everyone)
         attended = module(
