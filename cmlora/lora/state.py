@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from cmlora.batch.identity import identity, memory
 from cmlora.lora.bank import tuner_layers
 from cmlora.lora.check import own_forward
-from cmlora.lora.plain import globally_hooked
+from cmlora.lora.plain import torchs_own
 
 
 def fingerprint(model: nn.Module) -> tuple[object, ...]:
     """What the bank's shape depends on: layers, adapters, ranks, base weights, switches. Reads no tensor."""
-    state: list[object] = [globally_hooked()]
+    state: list[object] = [torchs_own()]
     for name, layer in tuner_layers(model):
         switches = (tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters))
         base: Any = layer.get_base_layer()
