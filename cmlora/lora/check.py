@@ -22,7 +22,7 @@ CASTING = "peft_autocast_disable"
 
 def check(name: str, layer: BaseTunerLayer, names: Sequence[str]) -> None:
     """Raise an AdapterError unless the named adapters of a layer can each have a slot."""
-    fused = [n for n in layer.merged_adapters if _holds(layer, n)]  # one that was deleted is part of the base by now
+    fused = [n for n in layer.merged_adapters if holds(layer, n)]  # one that was deleted is part of the base by now
     if fused:
         raise AdapterError(f"{name}: LoRA {', '.join(fused)} is fused; call pipe.unfuse_lora() first, or {KEEPS}")
     if names and layer.disable_adapters:
@@ -60,13 +60,13 @@ def _problem(layer: BaseTunerLayer, names: Sequence[str]) -> str | None:
     """Why some adapters of a layer cannot be batched; None: they can."""
     if not isinstance(layer, LoraLayer):
         for n in dict.fromkeys((*names, *layer.active_adapters)):
-            if _holds(layer, n):
+            if holds(layer, n):
                 return (
                     f"adapter {n!r} is a {type(layer).__name__}, no LoRA; only LoRA and LoCon can be composed: "
                     f"{_remove(n)}"
                 )
         return None
-    here = [n for n in names if _holds(layer, n)]
+    here = [n for n in names if holds(layer, n)]
     if not here:
         return None
     if not isinstance(layer, PeftLinear | PeftConv2d):
@@ -123,7 +123,7 @@ def _check_offload(name: str, layer: BaseTunerLayer) -> None:
             )
 
 
-def _holds(layer: BaseTunerLayer, adapter: str) -> bool:
+def holds(layer: BaseTunerLayer, adapter: str) -> bool:
     return any(adapter in getattr(layer, attribute, ()) for attribute in layer.adapter_layer_names)
 
 

@@ -61,6 +61,12 @@ FORWARDS = {kind: _torchs_own(kind, "forward") for kind in (nn.Linear, nn.Conv2d
 CONVOLVE = _torchs_own(nn.Conv2d, "_conv_forward")
 
 
+def torchs_own() -> tuple[bool, ...]:
+    """Whether torch's layers are computed as torch defines them, and nothing sits on all modules."""
+    kept = (kind.forward is forward for kind, forward in FORWARDS.items())
+    return (*kept, nn.Conv2d._conv_forward is CONVOLVE, not globally_hooked())
+
+
 def weights_alone(module: nn.Module, kind: type[nn.Linear] | type[nn.Conv2d]) -> bool:
     """Whether a layer is its kind's forward on plain float weights; a convolution's geometry may be any."""
     if type(module) is not kind or kind.forward is not FORWARDS[kind] or not unhooked(module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer
@@ -10,12 +11,12 @@ from torch import Tensor, nn
 from cmlora.batch.identity import identity, memory
 from cmlora.lora.bank import tuner_layers
 from cmlora.lora.check import own_forward
-from cmlora.lora.plain import unhooked
+from cmlora.lora.plain import torchs_own
 
 
 def fingerprint(model: nn.Module) -> tuple[object, ...]:
     """What the bank's shape depends on: layers, adapters, ranks, base weights, switches. Reads no tensor."""
-    state: list[object] = []
+    state: list[object] = [torchs_own()]
     for name, layer in tuner_layers(model):
         switches = (tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters))
         base: Any = layer.get_base_layer()
@@ -23,22 +24,28 @@ def fingerprint(model: nn.Module) -> tuple[object, ...]:
         held = memory(weight) if isinstance(weight, Tensor) else None
         state.append((name, id(layer), id(base), type(base), own_forward(layer), held, *switches))
         if isinstance(layer, LoraLayer):
-            state += [_adapter(layer, adapter) for adapter in layer.lora_A]
+            state += _adapters(layer)
     return tuple(state)
 
 
-def _adapter(layer: Any, adapter: str) -> tuple[object, ...]:
-    """What of one adapter of a layer decides whether and how it is stacked."""
-    parts = (layer.lora_A[adapter], layer.lora_B[adapter])
-    dropout = layer.lora_dropout[adapter]
-    drops = type(dropout), dropout.training and getattr(dropout, "p", 0) > 0, unhooked(dropout)
-    return (adapter, *drops, *(fact for part in parts for fact in _part(part)))
+def _adapters(layer: Any) -> Iterator[object]:
+    """What of a layer's adapters decides whether and how they are stacked; past torch's own look-ups, for speed."""
+    modules = layer._modules
+    drops = modules["lora_dropout"]._modules
+    for name, down in modules["lora_A"]._modules.items():
+        drop = drops[name]
+        yield name, type(drop), drop.training and drop.__dict__.get("p", 0) > 0, _touched(drop.__dict__)
+        for part in (down, modules["lora_B"]._modules[name]):
+            given, weight = part._parameters, part._parameters.get("weight")
+            yield type(part), _touched(part.__dict__), given.get("bias") is None
+            yield None if weight is None else (type(weight), weight.shape, weight.dtype, weight.device)
 
 
-def _part(part: Any) -> tuple[object, ...]:
-    weight = part.weight
-    own = type(part), unhooked(part), "_conv_forward" in part.__dict__
-    return (*own, type(weight), weight.shape, weight.dtype, weight.device, part.bias is None)
+def _touched(state: dict[str, Any]) -> bool:
+    """Whether something lies around a module: `plain.unhooked` asks the same of one, and looks closer."""
+    return bool(
+        state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state or "_conv_forward" in state
+    )
 
 
 class Switches:
