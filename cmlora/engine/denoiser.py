@@ -24,7 +24,9 @@ from cmlora.engine.spending import Spending
 from cmlora.engine.work import Work
 from cmlora.errors import AdapterError, ConfigError, RunError
 from cmlora.lora.bank import AdapterBank, choose_adapters, elsewhere, with_masks
+from cmlora.lora.foreign import foreign, must_stay
 from cmlora.lora.state import Switches, fingerprint
+from cmlora.lora.text import check as check_text
 from cmlora.models import find_family
 from cmlora.models.caller import calling_code
 from cmlora.models.family import Call
@@ -42,6 +44,7 @@ class Denoiser:
 
     def __init__(self, pipe: Any, config: CMLoRAConfig, *, profiled: bool = False) -> None:
         self.family, self.module = find_family(pipe)
+        must_stay(self.module)
         self._pipe = weakref.ref(pipe)
         self._scheduler = getattr(pipe, "scheduler", None)  # of pipelines that share the module, once `pipe` is gone
         self.config, self.profiled = config, profiled
@@ -90,6 +93,11 @@ class Denoiser:
             yield
         finally:
             self._turn.release()
+
+    @property
+    def everyone(self) -> tuple[str, ...]:
+        """All adapters that act, shared ones too."""
+        return (*self.names, *self.config.shared)
 
     @property
     def _lenient(self) -> bool:
@@ -163,10 +171,13 @@ class Denoiser:
                     "threads wait for each other (a lock around the call), or give each a pipeline of its own"
                 )
             self.family.check(self.module)  # processors, hooks may have been exchanged since
+            must_stay(self.module)
             self.renew(call.scale)
+            if pipe is not None:
+                check_text(pipe, self.everyone)
             steps = self.family.steps(pipe, place.schedule, place.index)
             plan = make_plan(self.config, self.names, steps)
-            run = Run(plan, place.schedule, place.index, calling_code())
+            run = Run(plan, place.schedule, place.index, calling_code(), foreign(self.module))
         lane = run.lane_of(call.inputs, place, whole=place.whole)
         lane.fit(call.inputs.sample, place.halves)
         if place.index != before + 1 and lane.position >= 0 and lane.position != place.index - 1:
@@ -220,7 +231,12 @@ class Denoiser:
 
     def _begin(self, run: Run, lane: Lane, inputs: Inputs) -> None:
         """Before a lane's first step: what comes from the host is brought to the device."""
-        lane.footprint = RunShape.of(inputs, run.plan, lane.halves)
+        if run.foreign and lane.own > lane.halves and any(step.refresh_dominant for step in run.plan):
+            raise RunError(
+                f"{run.foreign[0]} may mix the images of a batch, and partition='online' lets adapters dominate "
+                "image by image; use partition='offline', or one image per call"
+            )
+        lane.footprint = RunShape.of(inputs, run.plan, lane.halves_alike)
         if run.strategy is None:
             run.strategy = self.spending.strategy(run, lane, inputs)
         device = inputs.sample.device

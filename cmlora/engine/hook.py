@@ -16,6 +16,7 @@ from torch import nn
 from cmlora.batch.replaced import give_back_forward, replace_forward
 from cmlora.engine.denoiser import Denoiser
 from cmlora.errors import UnsupportedModelError
+from cmlora.lora.text import activate, active_text
 from cmlora.models import modules_of
 
 _hooks: weakref.WeakSet[Hook] = weakref.WeakSet()
@@ -43,6 +44,8 @@ class Hook:
         _must_be_its_own(self.module, original)
         self.original: Callable[..., Any] = original
         self.forward = self._make_forward()
+        self._undo_text: Callable[[], None] | None = None
+        self._text: dict[str, tuple[str, ...]] = {}
 
     def _make_forward(self) -> Callable[..., Any]:
         """A stand-in for the module's forward with the same signature; eager in a compiled model."""
@@ -62,6 +65,11 @@ class Hook:
 
     def install(self) -> None:
         self.denoiser.open()
+        pipe = self.pipe()
+        if pipe is not None and self.denoiser.config.method != "merge":
+            # loaded one after the other, only the last LoRA acts on the prompt, while all are composed in the model
+            self._undo_text = activate(pipe, self.denoiser.everyone)
+            self._text = active_text(pipe)
         replace_forward(self.module, self.forward, self.slot)
         _hooks.add(self)
 
@@ -69,6 +77,10 @@ class Hook:
         _hooks.discard(self)
         self.denoiser.close()
         give_back_forward(self.module)
+        pipe = self.pipe()
+        if pipe is not None and self._undo_text is not None and active_text(pipe) == self._text:
+            self._undo_text()  # else the user has chosen anew since
+        self._undo_text = None
 
 
 def _must_be_its_own(module: nn.Module, forward: Any) -> None:

@@ -27,7 +27,7 @@ class Lane:
     Attributes:
         own: rows of the pipeline's own batch, halves x images.
         halves: of guidance that they are certain to be made of.
-        shape: of the sample.
+        shape: of the sample. apart: whether a prediction's rows must run together and nothing else with them.
         sample: of the last call, held so that the next half can be told from another step.
         position: of the last call in the schedule.
         cache: [rows, ...] cached features; conditions: what is computed once; held: the inputs that it is made of.
@@ -42,6 +42,7 @@ class Lane:
     halves: int
     shape: torch.Size
     sample: Tensor
+    apart: bool = False
     position: int = -1
     cache: Tensor | None = None
     conditions: Conditions | None = None
@@ -55,6 +56,11 @@ class Lane:
     footprint: RunShape | None = None
     capturable: tuple[object, ...] | None = None
     record: list[Record] = field(default_factory=list)
+
+    @property
+    def halves_alike(self) -> int:
+        """Halves that may run once while they are alike; 1 where code of the user's must see all rows."""
+        return 1 if self.apart else self.halves
 
     def fit(self, sample: Tensor, halves: int) -> None:
         """Take a step's sample: guidance may have been switched off in mid-run (diffusers' cut-off callback)."""
@@ -96,8 +102,9 @@ class Lane:
             if len(predictions) < len(step.slots):
                 places = torch.tensor(predictions, device=device).repeat_interleave(self.own)
                 index = places * self.own + torch.arange(self.own, device=device).repeat(len(predictions))
-            images = self.own // self.halves
-            self.rows[key] = Rows(slots, len(predictions), self.halves, images, index, known, predictions)
+            halves = self.halves_alike
+            images = self.own // halves
+            self.rows[key] = Rows(slots, len(predictions), halves, images, index, known, predictions)
         return self.rows[key]
 
     def carry_cache(self, step: Step) -> None:
@@ -122,7 +129,8 @@ class Lane:
         if known is not None:
             assert isinstance(known.index, Tensor)
             slots, index = torch.cat((slots, known.slots)), torch.cat((index, known.index))
-        return Rows(slots, step.full_predictions, self.halves, self.own // self.halves, index)
+        halves = self.halves_alike
+        return Rows(slots, step.full_predictions, halves, self.own // halves, index)
 
 
 @dataclass
@@ -136,12 +144,14 @@ class Run:
         position: of the last call.
         thread: that it belongs to. caller: code of who called, to see whether it is still at it.
         strategy: what it spends memory on.
+        foreign: code of the user's in the model that may look at other rows of its batch.
     """
 
     plan: tuple[Step, ...]
     schedule: Tensor
     first: int
     caller: CodeType | None
+    foreign: list[str]
     position: int = -1
     thread: int = field(default_factory=threading.get_ident)
     lanes: list[Lane] = field(default_factory=list)
@@ -188,7 +198,7 @@ class Run:
                         "per step, or one per guidance half (a sampler that evaluates a step twice cannot be followed)"
                     )
         self._must_be_a_half(inputs)
-        lane = Lane(inputs.sample.shape[0], place.halves, inputs.sample.shape, inputs.sample)
+        lane = Lane(inputs.sample.shape[0], place.halves, inputs.sample.shape, inputs.sample, bool(self.foreign))
         if self.lanes and self.lanes[0].own == lane.own:  # what was decided holds for all halves
             lane.dominant, lane.weights = self.lanes[0].dominant, self.lanes[0].weights
         self.lanes.append(lane)

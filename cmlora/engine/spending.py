@@ -102,7 +102,7 @@ class Spending:
                 f"batch, which run together; got {most}"
             )
         predictions = max(len(step.slots) for step in run.plan)
-        at_once = None if most is None else most // lane.own
+        at_once = 1 if lane.apart else None if most is None else most // lane.own
         candidates = strategies(predictions, at_once, merge=self.may_merge, transform=self.may_transform)
         if budget is None:
             strategy = candidates[0]

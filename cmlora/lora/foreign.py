@@ -8,6 +8,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from cmlora.errors import UnsupportedModelError
 from cmlora.lora.plain import classes_own, globally_hooked, origin
 
 TRUSTED = frozenset({"torch", "diffusers", "peft", "transformers", "accelerate", "cmlora"})
@@ -60,6 +61,16 @@ def offloaded(model: nn.Module) -> list[str]:
             moves += [type(h).__name__ for h in _flat(hook) if type(h).__name__ == "AlignDevicesHook"]
             suspects += [(module, moves)]
     return _named(model, suspects)
+
+
+def must_stay(model: nn.Module) -> None:
+    """Raise an UnsupportedModelError where a hook moves weights while the model runs: they are read outside of it."""
+    moved = offloaded(model)
+    if moved:
+        raise UnsupportedModelError(
+            f"{moved[0]}: weights that are offloaded piece by piece are not there when several layers are run as one; "
+            "use pipe.enable_model_cpu_offload() instead of group or sequential offload"
+        )
 
 
 def _walk(model: nn.Module) -> Iterator[nn.Module]:
