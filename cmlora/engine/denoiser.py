@@ -7,7 +7,8 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,10 +27,11 @@ from cmlora.errors import AdapterError, ConfigError, RunError
 from cmlora.lora.bank import AdapterBank, choose_adapters, elsewhere, with_masks
 from cmlora.lora.foreign import foreign, must_stay
 from cmlora.lora.state import Switches, fingerprint
+from cmlora.lora.text import activate
 from cmlora.lora.text import check as check_text
 from cmlora.models import find_family
 from cmlora.models.caller import calling_code
-from cmlora.models.family import Call
+from cmlora.models.family import Call, Place
 from cmlora_kernels import dominant_from_latents, high_frequency_share
 
 
@@ -50,10 +52,12 @@ class Denoiser:
         self.config, self.profiled = config, profiled
         self.batched = self.family.batched(self.module, config, Running())
         self.spending = Spending(self.batched, config)
+        self._prompted: tuple[object, list[Tensor], Any] | None = None
         self.run: Run | None = None
         self.last_run: Run | None = None
         self._turn = threading.Lock()
         self.names = self._choose_names(first=True)
+        self._prompts = self._encode_prompts(pipe)
         self._bank = self._build()
         self._bank_key, self._switches = self._key(), Switches(self.module)
         self._state: tuple[object, ...] = ()
@@ -75,8 +79,8 @@ class Denoiser:
                 device = call.inputs.sample.device.type
                 if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                     raise RunError("torch.autocast is not supported: load the pipeline with torch_dtype=... instead")
-                run, lane = self._locate(call)
-                noise = self._step(run, lane, call.inputs)
+                run, lane, inputs = self._locate(call)
+                noise = self._step(run, lane, inputs)
             except BaseException:
                 self.run = None  # whatever went wrong, the next call starts afresh
                 raise
@@ -103,6 +107,35 @@ class Denoiser:
     def _lenient(self) -> bool:
         """A merge is what the plain pipeline draws, whatever state its adapters are in."""
         return self.config.method == "merge" and self.config.adapters is None and not self.config.shared
+
+    def _encode_prompts(self, pipe: Any) -> dict[str, dict[str, Tensor]]:
+        """The adapters' own prompts, each encoded with its own text-encoder part alone, and the shared ones'."""
+        encoded = {}
+        for name, given in (self.config.prompts or {}).items():
+            undo = activate(pipe, (name, *self.config.shared))
+            try:
+                encoded[name] = self.family.prompt(pipe, name, given)
+            finally:
+                undo()
+        return encoded
+
+    def _with_prompts(self, inputs: Inputs, lane: Lane, place: Place) -> Inputs:
+        """The inputs, an adapter's own prompt in the conditional rows of its predictions."""
+        if not self._prompts:
+            return inputs
+        if not place.whole:
+            raise RunError(
+                "prompts go into the conditional half of the guidance, which is only known in calls of diffusers' own "
+                "pipelines; call the pipeline"
+            )
+        of = [self._prompts.get(name) for name in self.names]
+        bases = [] if self.config.combine == "mean" else [p for p in of if p is not None] + [None]
+        key = (inputs.conditions()[0].shape, *(id(t) for t in inputs.conditions()), lane.own)
+        if self._prompted is None or self._prompted[0] != key:  # the same tensors in every step, as conditions are
+            spread = self.family.spread_prompts(inputs, [*of, *bases], lane.own // lane.halves)
+            self._prompted = (key, inputs.conditions(), spread)
+        prompted: Any = inputs
+        return cast("Inputs", replace(prompted, prompts=self._prompted[2]))
 
     def _key(self) -> tuple[object, ...]:
         return (fingerprint(self.module), self.spending.device)
@@ -152,8 +185,8 @@ class Denoiser:
         self.spending.renew(scale)
         self._state = (scale, self._switches.now())
 
-    def _locate(self, call: Call) -> tuple[Run, Lane]:
-        """The run and lane that this call belongs to."""
+    def _locate(self, call: Call) -> tuple[Run, Lane, Inputs]:
+        """The run and lane that this call belongs to, and its inputs."""
         pipe = self._pipe()
         place = self.family.place(pipe, getattr(pipe, "scheduler", self._scheduler), call)
         run, before = self.run, -1
@@ -184,7 +217,7 @@ class Denoiser:
             lane.cache = None  # steps were left out: what they would have refreshed is missing
         lane.position, lane.sample = place.index, call.inputs.sample
         self.run = self.last_run = run
-        return run, lane
+        return run, lane, self._with_prompts(call.inputs, lane, place)
 
     def _follow_changes(self, run: Run, scale: float) -> None:
         """Adapters re-weighted, switched on or off in mid-run, by a step callback or another scale."""

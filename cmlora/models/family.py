@@ -20,6 +20,7 @@ from cmlora.batch.inputs import Held, Inputs
 from cmlora.batch.rows import Rows, Shared, pick, whole
 from cmlora.batch.running import Running
 from cmlora.config import CMLoRAConfig
+from cmlora.errors import ConfigError
 from cmlora.lora.stacked import StackedProjection
 from cmlora_kernels import scatter_rows
 from cmlora_kernels.layout import dense_format
@@ -280,6 +281,17 @@ class Family(ABC):
     @abstractmethod
     def check(self, module: Any) -> None:
         """Raise UnsupportedModelError, naming what is in the way, unless this module can be run as it is now."""
+
+    def prompt(self, pipe: Any, name: str, given: Any) -> dict[str, Tensor]:
+        """An adapter's own prompt as the model takes it, [1 or images, ...] by name; text is encoded as it stands."""
+        raise ConfigError(f"prompts: the model family of {type(self).__name__} takes none")
+
+    def spread_prompts(
+        self, inputs: Any, prompts: Sequence[dict[str, Tensor] | None], images: int
+    ) -> tuple[dict[str, Tensor] | None, ...]:
+        """For the field `prompts` of the family's inputs: of every prediction's prompt, None the pipeline's, all rows,
+        the prompt being in the last `images` of them."""
+        raise NotImplementedError
 
     @abstractmethod
     def read(self, arguments: Mapping[str, Any]) -> Call:

@@ -32,7 +32,12 @@ from cmlora.models.family import Conditions
 
 @dataclass
 class UNetInputs(Inputs):
-    """Names as in UNet2DConditionModel.forward; all [own rows, ...]."""
+    """Names as in UNet2DConditionModel.forward; all [own rows, ...].
+
+    Attributes:
+        prompts: by prediction, where predictions have prompts of their own: None for the pipeline's, else
+            encoder_hidden_states [own rows, tokens, width] and, for SDXL, text_embeds [own rows, width].
+    """
 
     encoder_hidden_states: Tensor
     class_labels: Tensor | None = None
@@ -44,6 +49,7 @@ class UNetInputs(Inputs):
     mid_block_additional_residual: Tensor | None = None
     down_intrablock_additional_residuals: Sequence[Tensor] | None = None
     encoder_attention_mask: Tensor | None = None
+    prompts: tuple[dict[str, Tensor] | None, ...] | None = None
 
     CONSTANT = (
         "encoder_hidden_states",
@@ -52,6 +58,7 @@ class UNetInputs(Inputs):
         "attention_mask",
         "encoder_attention_mask",
         "added_cond_kwargs",
+        "prompts",
     )
 
     def __post_init__(self) -> None:
@@ -94,6 +101,7 @@ class UNetConditions(Conditions):
         super().__init__(inputs)
         self.keep_prompt = keep_prompt
         self.unet = unet
+        self.prompts = inputs.prompts
         self.kwargs = inputs.cross_attention_kwargs
         self.running = running
         self.stacked = stacked
@@ -119,7 +127,7 @@ class UNetConditions(Conditions):
             self.times = self._times(inputs, timesteps)
         for (attention, _), (kept, rows) in self._keys_values.items():
             with self.running.these(rows):
-                kept.copy_(self._project(attention, rows))
+                kept.copy_(self._project(attention, rows, rows))
 
     def one_step(self) -> UNetConditions:
         """The same with room for the time embedding of one step, as step 0."""
@@ -158,6 +166,8 @@ class UNetConditions(Conditions):
             return None  # a hook expects one step's rows, not the table of all steps
         if inputs.timestep_cond is not None or unet.class_embedding is not None:
             return None
+        if inputs.prompts is not None and getattr(unet, "add_embedding", None) is not None:
+            return None  # the pooled prompts are in it, by prediction
         timesteps = timesteps.to(inputs.sample.device)
         dummy = inputs.sample.new_empty(timesteps.shape[0])
         emb = unet.time_embedding(unet.get_time_embed(sample=dummy, timestep=timesteps)).unsqueeze(1)
@@ -183,15 +193,32 @@ class UNetConditions(Conditions):
     def keys_values(self, attention: Any, rows: Rows, everyone: Rows) -> Tensor:
         """[rows, 2, heads, tokens, width] of the prompt; where they are kept, made for all rows at their first use."""
         if not self.keep_prompt:
-            return self._project(attention, rows)
+            return self._project(attention, rows, everyone)
         key = (attention, everyone.known)
         if key not in self._keys_values:
             with self.running.these(everyone):
-                self._keys_values[key] = self._project(attention, everyone), everyone
+                self._keys_values[key] = self._project(attention, everyone, everyone), everyone
         return pick(self._keys_values[key][0], rows.index)
 
-    def _project(self, attention: Any, rows: Rows) -> Tensor:
-        context = whole(Shared(self.held.tensors[0], False, True), rows)
+    def context(self, rows: Rows, everyone: Rows) -> Tensor:
+        """[rows, tokens, width] the prompt of some rows, by prediction where these have prompts of their own."""
+        own, prompts = self.held.tensors[0], self.prompts
+        if prompts is None:
+            return whole(Shared(own, False, True), rows)
+        return pick(
+            _by_prediction(own, [None if p is None else p["encoder_hidden_states"] for p in prompts], everyone),
+            rows.index,
+        )
+
+    def pooled(self, own: Tensor, rows: Rows, everyone: Rows) -> Tensor:
+        """[rows, width] SDXL's pooled prompt of some rows, `own` being the pipeline's."""
+        prompts = self.prompts or ()
+        return pick(
+            _by_prediction(own, [None if p is None else p["text_embeds"] for p in prompts], everyone), rows.index
+        )
+
+    def _project(self, attention: Any, rows: Rows, everyone: Rows) -> Tensor:
+        context = self.context(rows, everyone)
         heads = [
             layer(context).unflatten(2, (attention.heads, -1)).transpose(1, 2)
             for layer in (attention.to_k, attention.to_v)
@@ -204,6 +231,12 @@ class UNetConditions(Conditions):
         return sum(kept.nbytes for kept, _ in self._keys_values.values()) + (
             0 if self.times is None else self.times.nbytes
         )
+
+
+def _by_prediction(own: Tensor, given: Sequence[Tensor | None], everyone: Rows) -> Tensor:
+    """[all rows, ...]: what was given for a prediction, else the pipeline's own."""
+    chosen = (given[p] for p in everyone.positions or range(everyone.predictions))
+    return torch.cat([own if prompt is None else prompt for prompt in chosen])
 
 
 def _as_written(module: nn.Module) -> bool:

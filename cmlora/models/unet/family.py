@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from cmlora.batch.running import Running
 from cmlora.config import CMLoRAConfig
-from cmlora.errors import RunError
+from cmlora.errors import ConfigError, RunError
 from cmlora.models.caller import calling_pipeline
 from cmlora.models.family import Call, Family, Place
 from cmlora.models.unet.blocks import check_supported
@@ -45,6 +47,30 @@ class UNetFamily(Family):
 
     def check(self, module: Any) -> None:
         check_supported(module)
+
+    def prompt(self, pipe: Any, name: str, given: Any) -> dict[str, Tensor]:
+        if isinstance(given, str):
+            if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
+                raise ConfigError(f"prompts[{name!r}] is text, but the pipeline has no tokenizer or text encoder")
+            encode = functools.partial(pipe.encode_prompt, device=pipe._execution_device, num_images_per_prompt=1)
+            with torch.no_grad():
+                encoded = encode(prompt=given, do_classifier_free_guidance=False)
+            given = (encoded[0], encoded[2]) if len(encoded) == 4 else encoded[0]  # SDXL: with pooled ones
+        tensors = given if isinstance(given, list | tuple) else (given,)
+        if not all(isinstance(t, Tensor) for t in tensors) or len(tensors) > 2 or tensors[0].ndim != 3:
+            raise ConfigError(
+                f"prompts[{name!r}] must be text, embeddings [images, tokens, width], or a pair of them and pooled "
+                f"ones [images, width], got {type(given).__name__}"
+            )
+        return dict(zip(("encoder_hidden_states", "text_embeds"), tensors, strict=False))
+
+    def spread_prompts(
+        self, inputs: UNetInputs, prompts: Sequence[dict[str, Tensor] | None], images: int
+    ) -> tuple[dict[str, Tensor] | None, ...]:
+        own = {"encoder_hidden_states": inputs.encoder_hidden_states}
+        if "text_embeds" in (inputs.added_cond_kwargs or {}):
+            own["text_embeds"] = (inputs.added_cond_kwargs or {})["text_embeds"]
+        return tuple(p and {key: _own_rows(key, t, p, images) for key, t in own.items()} for p in prompts)
 
     def read(self, arguments: Mapping[str, Any]) -> Call:
         given = dict(arguments)
@@ -86,3 +112,17 @@ class UNetFamily(Family):
 
     def result(self, noise: Tensor, call: Call) -> Any:
         return UNet2DConditionOutput(sample=noise) if call.return_dict else (noise,)
+
+
+def _own_rows(key: str, own: Tensor, prompt: Mapping[str, Tensor], images: int) -> Tensor:
+    """The pipeline's rows with an adapter's prompt in the last `images` of them, the conditional half."""
+    given = prompt.get(key)
+    if given is None:
+        raise ConfigError(f"prompts must be pairs of embeddings and pooled ones for this model: there are no {key}")
+    if given.shape[1:] != own.shape[1:] or given.shape[0] not in (1, images):
+        raise ConfigError(
+            f"prompts must be {key} [1 or {images}, {', '.join(map(str, own.shape[1:]))}] as the pipeline's own are, "
+            f"got {tuple(given.shape)}"
+        )
+    given = given.to(own).expand(images, *given.shape[1:])
+    return torch.cat([own[: own.shape[0] - images], given])

@@ -223,14 +223,21 @@ class UNetPart:
     def _prompt(self) -> dict[str, Any]:
         """What a transformer that is called as it is gets of the conditions, for all rows."""
         unet, inputs = self.unet, self.inputs
-        context = unet.process_encoder_hidden_states(
-            self._spread(inputs.encoder_hidden_states), self._spread(inputs.added_cond_kwargs)
-        )
+        context = unet.process_encoder_hidden_states(self.conditions.context(self.rows, self.everyone), self._added)
         return {
             "encoder_hidden_states": context,
             "attention_mask": self._spread(inputs.bias(inputs.attention_mask)),
             "encoder_attention_mask": self._spread(inputs.bias(inputs.encoder_attention_mask)),
         }
+
+    @functools.cached_property
+    def _added(self) -> Any:
+        """What SDXL and IP-Adapters condition on beside the prompt, for all rows."""
+        given = self.inputs.added_cond_kwargs
+        added = self._spread(given)
+        if self.inputs.prompts is not None and given and "text_embeds" in given:
+            added["text_embeds"] = self.conditions.pooled(given["text_embeds"], self.rows, self.everyone)
+        return added
 
     @functools.cached_property
     def _embedding(self) -> Tensor:
@@ -247,8 +254,8 @@ class UNetPart:
             emb = torch.cat([emb, class_emb], dim=-1) if unet.config.class_embeddings_concat else emb + class_emb
         aug_emb = unet.get_aug_embed(
             emb=emb,
-            encoder_hidden_states=spread(inputs.encoder_hidden_states),
-            added_cond_kwargs=spread(inputs.added_cond_kwargs),
+            encoder_hidden_states=self.conditions.context(self.rows, self.everyone),
+            added_cond_kwargs=self._added,
         )
         emb = emb if aug_emb is None else emb + aug_emb
         embedding: Tensor = emb if unet.time_embed_act is None else unet.time_embed_act(emb)
