@@ -122,33 +122,33 @@ def quality(
     detector: Annotated[bool, typer.Option(help="Measure the detector itself first.")] = True,
 ) -> None:
     """Score the methods with the shipped model: does the picture show every LoRA's concept? Minutes to half an hour."""
-    from cmlora.lab import quality as bed
-    from cmlora.lab import report as told
+    from cmlora.lab import report
     from cmlora.lab.plots import plot_frontier, plot_quality  # before the work: it may lack matplotlib
+    from cmlora.lab.quality import PRESETS, Half, detector_report, parse_setting, run
 
     if half not in ("choose", "report", "all"):
         raise typer.BadParameter(f"--half must be choose, report or all, got {half!r}")
-    if preset not in bed.PRESETS:
-        raise typer.BadParameter(f"--preset must be one of {', '.join(bed.PRESETS)}, got {preset!r}")
-    named = dict(bed.parse_setting(text) for text in setting or ())
-    chosen = named or bed.PRESETS[preset]
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    named = dict(parse_setting(text) for text in setting or ())
+    chosen = named or PRESETS[preset]
     out.mkdir(parents=True, exist_ok=True)
-    report = []
+    parts = []
     if detector:
-        report += ["The detector itself:", "", bed.detector_report(), ""]
-        typer.echo("\n".join(report))
+        parts += ["The detector itself:", "", detector_report(), ""]
+        typer.echo("\n".join(parts))
     numbers = [int(size) for size in sizes.split(",")]
-    pictures = bed.run(out, chosen, numbers, cast(bed.Half, half), range(seeds), steps, limit)
-    report += [
+    pictures = run(out, chosen, numbers, cast(Half, half), range(seeds), steps, limit)
+    parts += [
         f"{len(pictures)} pictures, {steps} steps, half: {half}. All concepts present:",
         "",
-        told.table(pictures),
+        report.table(pictures),
     ]
-    plot_quality(told.lines(pictures), out / "quality.png")
-    plot_frontier(told.pooled(pictures), out / "frontier.png")
-    report += ["", "Against cost:", "", told.cost_table(pictures)]
-    told.look(pictures, out)
-    text = "\n".join(report)
+    plot_quality(report.scores_by_size(pictures), out / "quality.png")
+    plot_frontier(report.scores_over_sizes(pictures), out / "frontier.png")
+    parts += ["", "Against cost:", "", report.cost_table(pictures)]
+    report.contact_sheet(pictures, out)
+    text = "\n".join(parts)
     (out / "quality.md").write_text(f"{text}\n")
     typer.echo(text)
     typer.echo(f"wrote {out}/quality.jsonl, quality.md, quality.png, frontier.png, look.png")
@@ -186,10 +186,10 @@ def profile(
         if name not in names and not Path(name).is_file():
             raise typer.BadParameter(f"--compare {name}: neither a LoRA ({', '.join(names)}) nor an image file")
     pipe = _load(model or Path(sprites.model_path()), files)
-    told = profile_loras(pipe, names, steps=steps, seed=seed, prompt=prompt, guidance_scale=guidance)
+    measured = profile_loras(pipe, names, steps=steps, seed=seed, prompt=prompt, guidance_scale=guidance)
     setting = {"prompt": prompt, "steps": steps, "seed": seed, "guidance": guidance}
-    typer.echo(told)
-    for path in write_profile(told, out, every, compare, setting):
+    typer.echo(measured)
+    for path in write_profile(measured, out, every, compare, setting):
         typer.echo(f"wrote {path}")
 
 

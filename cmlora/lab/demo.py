@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,6 @@ ADAPTERS = {  # role, in the order in which LoRAs are added -> trigger word and 
     "background": ("checker", "checker background"),
     "style": ("sketch", "sketch style"),
 }
-
-
-@dataclass(frozen=True)
-class Demo:
-    """What the demo wrote: two pictures and the summary of the run in the second."""
-
-    methods: Path
-    run: Path
-    summary: Path
 
 
 def load_pipe(roles: Sequence[str]) -> Any:
@@ -76,10 +66,10 @@ def run_demo(out: Path, steps: int = 16, seed: int = 1) -> Iterator[Path]:
     labelled_grid(images, METHODS, labels).save(out / "methods.png")
     yield out / "methods.png"
     image = draw(pipe, roles[:4], "cmlora", steps, seed)
-    told = summary(pipe)
-    text = f"{told}\n"  # while the pipeline is accelerated: the peak is computed when it is asked for
+    run = summary(pipe)
+    text = f"{run}\n"  # while the pipeline is accelerated: the peak is computed when it is asked for
     restore(pipe)
-    timeline(told, image).save(out / "run.png")
+    timeline(run, image).save(out / "run.png")
     yield out / "run.png"
     (out / "run.txt").write_text(text)
     yield out / "run.txt"

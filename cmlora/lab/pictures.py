@@ -34,18 +34,18 @@ def labelled_grid(
     return sheet
 
 
-def timeline(told: Summary, image: Image.Image) -> Image.Image:
+def timeline(run: Summary, image: Image.Image) -> Image.Image:
     """One run, step by step: who dominates with which weight, m of the gate, rows that ran the whole UNet.
 
     The first image of the batch is shown; its own picture stands on the left.
     """
-    steps, wide, tall = told.steps, 26, 110
+    steps, wide, tall = run.steps, 26, 110
     left, top = 300, 40
     sheet = Image.new("RGB", (left + len(steps) * wide + 150, top + 3 * (tall + 44)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     sheet.paste(image.resize((256, 256), Image.Resampling.NEAREST), (16, top))
-    pen.text((16, top + 268), f"{told.method}: {len(told.adapters)} LoRAs, {len(steps)} steps", fill="black", font=font)
-    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(told.adapters)}
+    pen.text((16, top + 268), f"{run.method}: {len(run.adapters)} LoRAs, {len(steps)} steps", fill="black", font=font)
+    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(run.adapters)}
     most = max((step.weight for step in steps), default=1.0)
     rows = max(step.rows_full + step.rows_shallow for step in steps)
     panels = ("weight of the dominant LoRA", "m: share of high frequencies", "rows: whole UNet (dark), shallow (light)")
@@ -68,7 +68,7 @@ def timeline(told: Summary, image: Image.Image) -> Image.Image:
                     pen.rectangle((x + 3, bottom - tall * full / rows, x + wide - 3, bottom), fill="#24406e")
             if i % 5 == 0:
                 pen.text((x + wide / 2, bottom + 9), str(i), fill="black", font=font, anchor="mm")
-    for i, name in enumerate(told.adapters):
+    for i, name in enumerate(run.adapters):
         y = top + 10 + i * 20
         pen.rectangle((sheet.width - 130, y, sheet.width - 116, y + 14), fill=colour[name])
         pen.text((sheet.width - 110, y + 7), name, fill="black", font=font, anchor="lm")

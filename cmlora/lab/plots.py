@@ -1,4 +1,4 @@
-"""A profile as plots and JSON, and the plots of the test bed.
+"""A profile as plots and JSON, and the plots of `cmlora quality`.
 
 Needs matplotlib (the extra `plots`); importing this room without it is an error.
 """
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from cmlora.errors import CMLoRAError
-from cmlora.lab.report import Line, front
+from cmlora.lab.report import Score, frontier
 from cmlora.profile import Profile, Signal, high_frequency_difference
 
 try:
@@ -51,17 +51,17 @@ def write_profile(
     """
     pair = _default_pair(profile) if compare is None else compare
     images = [_image(profile, name) for name in pair]
-    told = {**(setting or {}), **profile.as_dict(every)}
+    numbers = {**(setting or {}), **profile.as_dict(every)}
     out.mkdir(parents=True, exist_ok=True)
     plots = {"intensity": _intensity(profile), "spectra": _spectra(profile, every), "similarity": _similarity(profile)}
     if images:
         difference = high_frequency_difference(images[0], images[1], profile.online_cutoff)
         plots["difference"] = _difference(images, [Path(name).stem for name in pair], difference)
-        told["difference"] = {"of": list(pair), "mean": float(difference.mean()), "max": float(difference.max())}
+        numbers["difference"] = {"of": list(pair), "mean": float(difference.mean()), "max": float(difference.max())}
     for name, figure in plots.items():
         figure.savefig(out / f"{name}.png", dpi=110)
         yield out / f"{name}.png"
-    (out / "profile.json").write_text(json.dumps(told, indent=1) + "\n")
+    (out / "profile.json").write_text(json.dumps(numbers, indent=1) + "\n")
     yield out / "profile.json"
 
 
@@ -173,7 +173,7 @@ def _difference(images: Sequence[Tensor], names: Sequence[str], difference: Tens
     return figure
 
 
-def plot_quality(found: Sequence[Line], path: Path) -> None:
+def plot_quality(found: Sequence[Score], path: Path) -> None:
     """All-present rate over the number of LoRAs, with intervals, a line per setting; dashed for a mean."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -190,7 +190,7 @@ def plot_quality(found: Sequence[Line], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_frontier(points: Sequence[Line], path: Path) -> None:
+def plot_frontier(points: Sequence[Score], path: Path) -> None:
     """Concept score over FLOPs per image, a point per setting, and the line that none lies above."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
@@ -200,7 +200,7 @@ def plot_frontier(points: Sequence[Line], path: Path) -> None:
         axes.errorbar([point.gflop], score[:, 0], _error(score), marker="o", color=colour, capsize=2)
         label = point.setting.replace("interval ", "i").replace("branch ", "b")
         axes.annotate(label, (point.gflop, point.concept[0]), fontsize=6, xytext=(4, 3), textcoords="offset points")
-    ahead = front(points)
+    ahead = frontier(points)
     axes.plot(
         [point.gflop for point in ahead],
         [point.concept[0] for point in ahead],

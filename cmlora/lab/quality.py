@@ -1,4 +1,4 @@
-"""The test bed of `cmlora quality`: which way of composing shows all its LoRAs, on the shipped model, by its detector.
+"""What `cmlora quality` measures: which way of composing shows all its LoRAs, on the shipped model, by its detector.
 
 One record per picture goes to a JSONL file; a run that was interrupted goes on from there. Half of the combinations
 serve to choose settings, the other half to report them.
@@ -169,15 +169,15 @@ def scene_of(loras: Sequence[str], seed: int) -> draw.Scenes:
 
 
 @dataclass
-class Bed:
-    """The pipeline with all ten LoRAs, the detector, and FLOPs that were counted already."""
+class Evaluator:
+    """Draws and scores: the pipeline with all ten LoRAs, the detector, and the FLOPs that were counted already."""
 
     pipe: Any
     detector: Detector
     flops: dict[tuple[object, ...], float] = field(default_factory=dict)
 
     @classmethod
-    def load(cls) -> Bed:
+    def load(cls) -> Evaluator:
         """The shipped model, in float32 on the CPU or the GPU."""
         from diffusers import StableDiffusionPipeline
 
@@ -296,7 +296,7 @@ def run(
     known = {picture.key: picture for picture in read(out / "quality.jsonl")}
     asked = list(_jobs(settings, sizes, half, limit))
     found: list[Picture] = []
-    bed = None
+    evaluator = None
     with (out / "quality.jsonl").open("a") as log:
         for loras, setting, config in tqdm(asked, desc="quality", mininterval=5.0):
             text = json.dumps(config, sort_keys=True)
@@ -304,8 +304,8 @@ def run(
             if all(key in known for key in keys):
                 found += [known[key] for key in keys]
                 continue
-            bed = bed or Bed.load()
-            pictures, pixels = bed.draw(loras, setting, config, seeds, steps)
+            evaluator = evaluator or Evaluator.load()
+            pictures, pixels = evaluator.draw(loras, setting, config, seeds, steps)
             found += pictures
             for picture, image in zip(pictures, pixels, strict=True):
                 log.write(json.dumps(asdict(picture)) + "\n")
@@ -342,12 +342,12 @@ def detector_report(count: int = 400, captions: int = 64) -> str:
     """Markdown: how often the detector itself is right, on renders, through the VAE, on blends and on base pictures."""
     from cmlora.sprites import measure
 
-    bed = Bed.load()
-    bed.pipe.unload_lora_weights()
-    rows = measure.detector_accuracy(bed.pipe, bed.detector, count)
+    evaluator = Evaluator.load()
+    evaluator.pipe.unload_lora_weights()
+    rows = measure.detector_accuracy(evaluator.pipe, evaluator.detector, count)
     scenes = measure.unseen(captions)
-    pictures = measure.generate(bed.pipe, draw.captions(scenes), seed=1000)
-    rows["base model, against its captions"] = measure.accuracy(bed.detector, pictures, draw.labels(scenes))
+    pictures = measure.generate(evaluator.pipe, draw.captions(scenes), seed=1000)
+    rows["base model, against its captions"] = measure.accuracy(evaluator.detector, pictures, draw.labels(scenes))
     names = ("labels", "true_found", "false_refused")
     text = ["| pictures | labels right | true labels found | false labels refused |", "|---|---|---|---|"]
     text += [f"| {kind} | " + " | ".join(f"{row[name]:.4f}" for name in names) + " |" for kind, row in rows.items()]

@@ -1,4 +1,4 @@
-"""What `cmlora quality` tells of its pictures: tables with bootstrap intervals, plots, a sheet to look at."""
+"""The report of `cmlora quality`: tables with bootstrap intervals, and a sheet of pictures to check by eye."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cmlora.lab.markdown import header, row
 from cmlora.lab.quality import DEFAULTS, Picture, picture_name
 from cmlora.sprites.measure import sheet
 
@@ -16,8 +17,8 @@ RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class Line:
-    """One setting at one number of LoRAs, or at all of them together (size 0).
+class Score:
+    """How one setting did with one number of LoRAs, or with all numbers together (size 0).
 
     Attributes:
         present: share of pictures with all concepts: mean and 95 % bootstrap interval.
@@ -33,7 +34,7 @@ class Line:
     gflop: float
 
     @classmethod
-    def of(cls, setting: str, size: int, pictures: Sequence[Picture]) -> Line:
+    def of(cls, setting: str, size: int, pictures: Sequence[Picture]) -> Score:
         return cls(
             setting=setting,
             size=size,
@@ -62,25 +63,25 @@ def settings_of(pictures: Sequence[Picture]) -> list[str]:
     return list(dict.fromkeys(p.setting for p in pictures))
 
 
-def lines(pictures: Sequence[Picture]) -> list[Line]:
-    """A line per setting and number of LoRAs."""
+def scores_by_size(pictures: Sequence[Picture]) -> list[Score]:
+    """One per setting and number of LoRAs."""
     found = []
     for setting in settings_of(pictures):
         for size in sorted({len(p.loras) for p in pictures}):
             chosen = [p for p in pictures if len(p.loras) == size and p.setting == setting]
-            found += [Line.of(setting, size, chosen)] if chosen else []
+            found += [Score.of(setting, size, chosen)] if chosen else []
     return found
 
 
-def pooled(pictures: Sequence[Picture]) -> list[Line]:
-    """A line per setting, cheapest first."""
-    found = [Line.of(name, 0, [p for p in pictures if p.setting == name]) for name in settings_of(pictures)]
-    return sorted(found, key=lambda line: line.gflop)
+def scores_over_sizes(pictures: Sequence[Picture]) -> list[Score]:
+    """One per setting, over all numbers of LoRAs, cheapest first."""
+    found = [Score.of(name, 0, [p for p in pictures if p.setting == name]) for name in settings_of(pictures)]
+    return sorted(found, key=lambda score: score.gflop)
 
 
-def front(points: Sequence[Line]) -> list[Line]:
-    """Those of the points, cheapest first, that none which costs less scores as much as."""
-    found: list[Line] = []
+def frontier(points: Sequence[Score]) -> list[Score]:
+    """Of points in order of cost: those that score higher than every cheaper one."""
+    found: list[Score] = []
     for point in points:
         if not found or point.concept[0] > found[-1].concept[0]:
             found.append(point)
@@ -88,9 +89,10 @@ def front(points: Sequence[Line]) -> list[Line]:
 
 
 def gain(pictures: Sequence[Picture], setting: str, reference: str) -> tuple[float, float, float] | None:
-    """Concept score of a setting less that of another on the same combination and noise, mean and interval.
+    """How much higher a setting's concept score is than the reference's: mean of the differences and interval.
 
-    Most of a score's spread is between combinations, and falls out. None where the two share no picture.
+    Compared are pictures of the same combination and noise, so that the spread between combinations falls out. None
+    where the two share no picture.
     """
     scores = {(p.setting, p.loras, p.seed): score_of(p) for p in pictures}
     pairs = [
@@ -105,36 +107,39 @@ def table(pictures: Sequence[Picture]) -> str:
     """Markdown: a row per setting; all-present rate per number of LoRAs, then score and cost over all of them."""
     sizes = sorted({len(p.loras) for p in pictures})
     head = ["setting", *(f"{size} LoRAs" for size in sizes), "all sizes", "concept score", "GFLOP per image"]
-    together = {line.setting: line for line in pooled(pictures)}
-    by_size = {(line.setting, line.size): _interval(line.present) for line in lines(pictures)}
-    rows = [head, ["---"] * len(head)]
+    together = {score.setting: score for score in scores_over_sizes(pictures)}
+    by_size = {(score.setting, score.size): _interval(score.present) for score in scores_by_size(pictures)}
+    lines = list(header(*head))
     for name in settings_of(pictures):
         all_sizes = together[name]
         cells = [by_size.get((name, size), "") for size in sizes]
-        rows.append(
-            [name, *cells, _interval(all_sizes.present), _interval(all_sizes.concept), f"{all_sizes.gflop:.1f}"]
-        )
-    return _markdown(rows)
+        present, concept = _interval(all_sizes.present), _interval(all_sizes.concept)
+        lines.append(row(name, *cells, present, concept, f"{all_sizes.gflop:.1f}"))
+    return "\n".join(lines)
 
 
 def cost_table(pictures: Sequence[Picture]) -> str:
-    """Markdown: settings from the cheapest on, each beside the defaults (or the first setting), and the frontier."""
-    points = pooled(pictures)
-    ahead = {line.setting for line in front(points)}
+    """Markdown: a row per setting, cheapest first, with its gain over the reference.
+
+    The reference is the setting of the defaults, or the first one where they are not among the settings. On the
+    frontier are settings that score higher than every cheaper one.
+    """
+    points = scores_over_sizes(pictures)
+    ahead = {score.setting for score in frontier(points)}
     settings = settings_of(pictures)
     reference = next((name for name in settings if name in DEFAULTS), settings[0])
-    head = ["setting", "GFLOP per image", "seconds per image", "concept score", f"less that of {reference}"]
-    rows = [[*head, "all present", "on the frontier"], ["---"] * (len(head) + 2)]
-    for line in points:
-        more = None if line.setting == reference else gain(pictures, line.setting, reference)
-        beside = "" if more is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*more)
-        score, present, on = _interval(line.concept), _interval(line.present), "yes" if line.setting in ahead else ""
-        rows.append([line.setting, f"{line.gflop:.1f}", f"{line.seconds:.2f}", score, beside, present, on])
-    return _markdown(rows)
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    head = ["setting", "GFLOP per image", "seconds per image", "concept score", f"gain over {reference}"]
+    lines = list(header(*head, "all present", "on the frontier"))
+    for point in points:
+        more = None if point.setting == reference else gain(pictures, point.setting, reference)
+        gained = "" if more is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*more)
+        concept, present, on = (
+            _interval(point.concept),
+            _interval(point.present),
+            "yes" if point.setting in ahead else "",
+        )
+        lines.append(row(point.setting, f"{point.gflop:.1f}", f"{point.seconds:.2f}", concept, gained, present, on))
+    return "\n".join(lines)
 
 
 def _interval(values: tuple[float, float, float]) -> str:
@@ -142,7 +147,7 @@ def _interval(values: tuple[float, float, float]) -> str:
     return f"{mean:.2f} ({low:.2f}-{high:.2f})"
 
 
-def look(pictures: Sequence[Picture], out: Path, count: int = 32) -> Path | None:
+def contact_sheet(pictures: Sequence[Picture], out: Path, count: int = 32) -> Path | None:
     """A sheet of random pictures, each with its prompt and the concepts that the detector found, to check.
 
     Returns the sheet's path; None where the pictures themselves are no longer in `out`.

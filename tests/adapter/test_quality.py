@@ -1,4 +1,4 @@
-"""The test bed: which combinations, that a run resumes, and that its figures are what they say."""
+"""The comparison of settings: which combinations, that a run resumes, and that its figures are what they say."""
 
 from typing import ClassVar
 
@@ -24,13 +24,13 @@ def test_combinations_have_one_character_and_distinct_roles_and_halves_share_non
     assert halves[0] | halves[1] == set(found)
 
 
-class FakeBed:
+class FakeEvaluator:
     """Draws nothing; notes what it was asked for."""
 
     asked: ClassVar[list[tuple[str, ...]]] = []
 
     @classmethod
-    def load(cls) -> "FakeBed":
+    def load(cls) -> "FakeEvaluator":
         return cls()
 
     def draw(self, loras, setting, config, seeds, steps):
@@ -43,20 +43,20 @@ class FakeBed:
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(quality, "Bed", FakeBed)
+    monkeypatch.setattr(quality, "Evaluator", FakeEvaluator)
     settings = {"merge": {"method": "merge"}, "deep": {"cache_branch": (1, 0)}}
     whole = quality.run(tmp_path, settings, (2, 5), limit=2)
     assert len(whole) == 8
     log = tmp_path / "quality.jsonl"
     kept = log.read_text().splitlines()
     log.write_text("\n".join([*kept[:5], kept[5][:40]]) + "\n")  # the sixth line was cut off
-    FakeBed.asked.clear()
+    FakeEvaluator.asked.clear()
     again = quality.run(tmp_path, settings, (2, 5), limit=2)
-    assert len(FakeBed.asked) == 3
+    assert len(FakeEvaluator.asked) == 3
     assert {p.key for p in again} == {p.key for p in whole}
-    FakeBed.asked.clear()
+    FakeEvaluator.asked.clear()
     quality.run(tmp_path, {"merge": {"method": "merge", "cache_interval": 1}}, (2,), limit=1)
-    assert len(FakeBed.asked) == 1  # another configuration of the same name is another picture
+    assert len(FakeEvaluator.asked) == 1  # another configuration of the same name is another picture
 
 
 def test_the_interval_is_that_of_the_mean() -> None:
@@ -82,7 +82,7 @@ def test_a_gain_is_between_pictures_of_the_same_combination_and_noise() -> None:
     assert mean == pytest.approx(better.mean())
     assert 0 < low < mean < high < 0.06
     assert report.gain([alone], "second", "first") is None
-    assert "less that of first" in report.cost_table(pictures)
+    assert "gain over first" in report.cost_table(pictures)
 
 
 def test_a_setting_is_read_and_a_wrong_one_named() -> None:
