@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from cmlora.batch.rows import Rows, Running
+from cmlora.lab.bench.tiny import EVERYTHING, SMALL, add_lora, sd_unet
 from cmlora.lora.bank import build_bank, fill_bank, tuner_layers
 from cmlora.lora.layers import install, uninstall
-from tests.models import EVERYTHING, SMALL, add_lora, sd_unet
 
 EXACT = 1e-5
 

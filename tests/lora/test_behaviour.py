@@ -9,11 +9,11 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
 from cmlora.errors import AdapterError
+from cmlora.lab.bench.tiny import relative
 from cmlora.lora.bank import build_bank
 from cmlora.lora.plain import computes_plainly
 from cmlora.lora.state import fingerprint
 from tests.lora.rows import EXACT, image, in_force, layers_of, pefts, unet_with
-from tests.models import relative
 
 RECIPES = ((("a", 0.7),), (("a", 0.5), ("b", 1.5)))
 

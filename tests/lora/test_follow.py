@@ -6,6 +6,7 @@ from torch import nn
 
 from cmlora.batch.identity import identity, memory, version
 from cmlora.batch.rows import Rows, Running
+from cmlora.lab.bench.tiny import relative
 from cmlora.lora import merged, winograd
 from cmlora.lora.bank import build_bank, fill_bank
 from cmlora.lora.layers import install
@@ -14,7 +15,6 @@ from cmlora.lora.stacked import fill_stacked, stack_projections
 from cmlora.lora.state import Switches
 from tests.lora.rows import EXACT, unet_with
 from tests.lora.test_behaviour import quantise
-from tests.models import relative
 
 RECIPES = ((("a", 1.0),), (("b", 0.5),))
 

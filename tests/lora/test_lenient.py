@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import cmlora
+from cmlora.lab.bench.tiny import EVERYTHING, add_lora, call, relative, sd_pipe
 from cmlora.lora.bank import active_adapters, tuner_layers
 from tests.lora.rows import EXACT, in_force, unet_with
 from tests.lora.test_behaviour import hooked_down
-from tests.models import EVERYTHING, add_lora, call, relative, sd_pipe
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from cmlora.batch.rows import Running
+from cmlora.lab.bench.tiny import ATTENTION, add_lora, relative
 from cmlora.lora.bank import build_bank, fill_bank
 from cmlora.lora.layers import install, uninstall
 from cmlora.lora.stacked import fill_stacked, stack_projections
 from tests.lora.rows import EXACT, image, in_force, layers_of, pefts, unet_with
-from tests.models import ATTENTION, add_lora, relative
 
 RECIPES = (
     (("a", 0.7),),
