@@ -120,8 +120,10 @@ def strength_definition(
     """`place_strength` in plain torch."""
     counted = noise.unflatten(0, (-1, first + images))[:, first:]
     apart = counted[adapters].float() - counted[bases].float()
-    strength = torch.linalg.vector_norm(apart, dim=2)
-    return strength.contiguous() if previous is None else keep * previous + (1 - keep) * strength
+    strength: Tensor = torch.linalg.vector_norm(apart, dim=2)
+    if previous is not None:
+        strength = keep * previous + (1 - keep) * strength
+    return strength.contiguous()
 
 
 def masks_definition(strength: Tensor, temperature: float, blur: int, own: bool) -> Tensor:
