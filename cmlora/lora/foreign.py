@@ -35,7 +35,7 @@ def foreign(model: nn.Module) -> list[str]:
         if kind not in kinds:
             kinds[kind] = _of_class(kind)
         what = _of_hooks(state) if state["_forward_pre_hooks"] or state["_forward_hooks"] else []
-        if kinds[kind] is not None:
+        if kinds[kind] is not None and module is not model:
             what.append(str(kinds[kind]))
         if "forward" in state and module is not model and not classes_own(module):
             what += _of_forward(state)
