@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import peft
@@ -313,6 +315,20 @@ def test_nothing_loaded():
     with_two = sd_pipe(unet_with("a", "b"))
     assert composite(with_two).isfinite().all()
     merge_is_plain(pipe)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_in_force_is_a_plain_one(duplicate, pipe):
+    unet, given = pipe.unet, (torch.randn(1, 4, 8, 8), torch.tensor(500), torch.randn(1, 7, 24))
+    unet.set_adapters(["b"])
+    with in_force(unet, ((("a", 1.0),),), [0]):
+        other = duplicate(unet)
+        got = other(*given).sample
+    assert torch.equal(got, unet(*given).sample)
+    other.set_adapters(["a"])
+    with in_force(other, ((("b", 1.0),),), [0]):
+        got = other(*given).sample
+    assert relative(got, unet(*given).sample) < EXACT
 
 
 def test_lora_on_an_embedding():
