@@ -46,7 +46,6 @@ class Denoiser:
 
     def __init__(self, pipe: Any, config: CMLoRAConfig, *, profiled: bool = False) -> None:
         self.family, self.module = find_family(pipe)
-        must_stay(self.module)
         self._pipe = weakref.ref(pipe)
         self._scheduler = getattr(pipe, "scheduler", None)  # of pipelines that share the module, once `pipe` is gone
         self.config, self.profiled = config, profiled
@@ -203,8 +202,8 @@ class Denoiser:
                     "another thread is drawing with this pipeline, and both would share its scheduler; let the "
                     "threads wait for each other (a lock around the call), or give each a pipeline of its own"
                 )
-            self.family.check(self.module)  # processors, hooks may have been exchanged since
-            must_stay(self.module)
+            must_stay(self.module)  # hooks, processors may have been exchanged since
+            self.family.check(self.module)
             self.renew(call.scale)
             if pipe is not None:
                 check_text(pipe, self.everyone)
@@ -229,7 +228,7 @@ class Denoiser:
             lane.forget()
             if self.names != names:
                 lane.cache, lane.weights, lane.dominant, lane.record = None, None, None, []
-                lane.combiner = lane.routing = None
+                lane.combiner = lane.routing = lane.footprint = None
                 lane.rows.clear()
         if self.names != names:
             run.plan = make_plan(self.config, self.names, len(run.plan))

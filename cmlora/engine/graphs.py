@@ -100,13 +100,15 @@ class Captured:
             self.masks = masks.clone() if self.masks is None else self.masks.copy_(masks)
         deep = work.deep
         refreshed = 0 if deep is None else deep.predictions
-        key = (work.everyone.known, refreshed, cache is None, work.follow, id(work.combine), masks is None)
+        key = (work.everyone.known, refreshed, cache is None, work.follow, masks is None)
         if key not in self._kinds:
             given = None if weights is None else weights.clone()
             self._kinds[key] = _Kind(self, replace(work, deep=_buffers(deep)), given)
         kind = self._kinds[key]
         kind.load(deep, weights)
         kind.run()
+        if work.combine is not None and kind.step.combine is not None:
+            work.combine.masks = kind.step.combine.masks  # of the run that is going on
         assert self.cache is not None
         assert self.noise is not None
         return self.noise.clone(), self.cache

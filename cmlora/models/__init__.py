@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from cmlora.errors import UnsupportedModelError
+from cmlora.lora.foreign import must_stay
 from cmlora.models.family import Family
 from cmlora.models.unet.family import UNetFamily
 
@@ -36,6 +37,7 @@ def find_family(pipe: Any) -> tuple[Family, nn.Module]:
     for family in FAMILIES:
         module = module_of(pipe, family)
         if isinstance(module, nn.Module) and family.owns(module):
+            must_stay(module)
             family.check(module)
             return family, module
         found = found or (None if module is None else f"{family.attribute} is a {type(module).__name__}")

@@ -4,7 +4,7 @@ import torch
 
 import cmlora
 from cmlora.lab.bench.tiny import ATTENTION, SMALL, call, embeddings, relative, three_adapters
-from cmlora.models.unet.conditions import Inputs
+from cmlora.models.unet.conditions import UNetInputs
 
 
 def test_online_steps_through_the_kernels_equal_the_definitions():
@@ -24,20 +24,21 @@ def test_a_step_is_one_graph():
     cmlora.accelerate(pipe, partition="offline", offline_boundary=1.0, cache_interval=2)
     call(pipe, 3)
     denoiser = pipe.unet.forward.cmlora.denoiser
-    run, batched = denoiser.last_run, denoiser.batched
+    run, lane, batched = denoiser.last_run, denoiser.last_run.lanes[0], denoiser.batched
     given = embeddings(pipe)
     context = torch.cat([given["negative_prompt_embeds"], given["prompt_embeds"]])
     sample = torch.cat([given["latents"]] * 2)
     timesteps = run.timesteps
-    everyone = run.rows_of(run.plan[0], tuple(range(len(run.plan[0].slots))), sample.device)
-    some = run.rows_of(run.plan[2], run.plan[2].refresh, sample.device)
-    first = Inputs(sample, timesteps[0], context)
+    everyone = lane.rows_of(run.plan[0], tuple(range(len(run.plan[0].slots))), sample.device)
+    some = lane.rows_of(run.plan[2], run.plan[2].refresh, sample.device)
+    first = UNetInputs(sample, timesteps[0], context)
     conditions = batched.prepare(first, everyone, None, timesteps)
     _, cache = batched.run(first, everyone, everyone, None, conditions, 0)
 
     def step(sample, cache, deep, number):
-        inputs = Inputs(sample, timesteps[number], context)
-        return batched.run(inputs, everyone, deep, cache, conditions, number, follow=deep is some)[0]
+        inputs = UNetInputs(sample, timesteps[number], context)
+        follow = run.plan[2].bases if deep is some else ()
+        return batched.run(inputs, everyone, deep, cache, conditions, number, follow=follow)[0]
 
     for deep, number in ((None, 1), (some, 2)):
         torch.compiler.reset()

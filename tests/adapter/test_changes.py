@@ -171,7 +171,7 @@ def test_sequential_offload_is_refused(sd_on_the_cpu):
     sd = sd_on_the_cpu
     plain = call(sd, 1)
     accelerate.cpu_offload(sd.unet, execution_device=torch.device("cpu"))
-    refused(sd, cmlora.AdapterError, "meta", "enable_model_cpu_offload", method="composite")
+    refused(sd, cmlora.UnsupportedModelError, "AlignDevicesHook", "enable_model_cpu_offload", method="composite")
     remove_hook_from_module(sd.unet, recurse=True)
     assert torch.equal(call(sd, 1), plain)
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from cmlora.batch.rows import Rows, Running
+from cmlora.batch.rows import Rows
+from cmlora.batch.running import Running
 from cmlora.lab.bench.tiny import EVERYTHING, SMALL, add_lora, sd_unet
 from cmlora.lora.bank import build_bank, fill_bank, tuner_layers
 from cmlora.lora.layers import install, uninstall

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from cmlora.batch.identity import identity, memory, version
-from cmlora.batch.rows import Rows, Running
+from cmlora.batch.rows import Rows
+from cmlora.batch.running import Running
 from cmlora.lab.bench.tiny import relative
 from cmlora.lora import merged, winograd
 from cmlora.lora.bank import build_bank, fill_bank

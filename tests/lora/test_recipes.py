@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cmlora.batch.rows import Running
+from cmlora.batch.running import Running
 from cmlora.lab.bench.tiny import ATTENTION, add_lora, relative
 from cmlora.lora.bank import build_bank, fill_bank
 from cmlora.lora.layers import install, uninstall

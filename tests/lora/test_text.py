@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from cmlora.errors import AdapterError
+from cmlora.lab.bench.tiny import add_lora, relative, sd_pipe, sdxl_pipe
 from cmlora.lora.text import activate, active_text, check, text_adapters
 from tests.adapter.loop import small_unet
-from tests.models import add_lora, relative, sd_pipe, sdxl_pipe
 
 
 def load(pipe, name, encoder="text_encoder", seed=1):

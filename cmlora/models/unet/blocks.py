@@ -96,10 +96,11 @@ def check_supported(unet: Any) -> None:
         value = unet.config.get(name, allowed[0])
         if value not in allowed:
             raise UnsupportedModelError(f"this UNet's {name} is {value!r}; supported are {allowed}")
-    for name, block in (*unet.down_blocks.named_children(), *unet.up_blocks.named_children()):
-        if not unhooked(block):
+    for name in ("down_blocks", "up_blocks"):
+        hooked = [i for i, block in enumerate(getattr(unet, name)) if not unhooked(block)]
+        if hooked:
             raise UnsupportedModelError(
-                f"{type(block).__name__} {name} carries a hook or a forward of its own, which would be bypassed: "
+                f"{name}.{hooked[0]} carries a hook or a forward of its own, which would be bypassed: "
                 "blocks are run piece by piece. Take it out, or hook the block's resnets and attentions"
             )
     modules: list[Any] = [module for _, module in outline(unet)]
