@@ -133,8 +133,8 @@ def region_masks(
 def _mask(name: str, given: Any) -> Tensor:
     """[height, width] float32 on the CPU."""
     if hasattr(given, "convert"):  # a picture
-        given = np.asarray(given.convert("L"))
-    mask = given.detach().cpu() if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given))
+        given = given.convert("L")
+    mask = given.detach().cpu() if isinstance(given, Tensor) else torch.as_tensor(np.array(given))
     if mask.dtype == torch.uint8:
         mask = mask / 255
     mask = mask.float()
