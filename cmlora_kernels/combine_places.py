@@ -109,7 +109,7 @@ def local_definition(
     stacked: Tensor = noise.unflatten(0, (-1, coefficients.shape[1])).float()
     start = stacked[base] if base_at is None else stacked[base_at].squeeze(0)
     apart = stacked[adapters] - stacked[bases]
-    y = start + (per_row(masks, coefficients) * apart).sum(0)
+    y: Tensor = start + (per_row(masks, coefficients) * apart).sum(0)
     return y.to(noise.dtype).contiguous(memory_format=dense_format(noise))
 
 
@@ -119,7 +119,7 @@ def regions_definition(noise: Tensor, regions: Tensor, coefficients: Tensor) -> 
     weights = per_row(regions, coefficients)
     whole = coefficients[:, :, None, None, None].expand_as(weights)
     weights = torch.where(weights.sum(0) == 0, whole, weights)
-    y = (weights * stacked).sum(0) / weights.sum(0)
+    y: Tensor = (weights * stacked).sum(0) / weights.sum(0)
     return y.to(noise.dtype).contiguous(memory_format=dense_format(noise))
 
 

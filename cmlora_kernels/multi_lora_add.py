@@ -76,7 +76,9 @@ def add_kernel(
     m, k, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     mask_m, mask_r = first_m + m < tokens, r < rank
     x_ptrs = x_ptr + row * x_row + first_m * x_token + (m[:, None] * x_token + k[None, :] * x_inner)  # [BM, BK]
-    a_ptrs = a_ptr + slot * a_slot + part * part_rank * a_rank + (r[None, :] * a_rank + k[:, None])  # [BK, BR]
+    if PARTS > 1:
+        a_ptr += part * part_rank * a_rank
+    a_ptrs = a_ptr + slot * a_slot + (r[None, :] * a_rank + k[:, None])  # [BK, BR]
     down = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, inner, BLOCK_K):
         mask_k = start + k < inner

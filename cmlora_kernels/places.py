@@ -121,7 +121,9 @@ def strength_definition(
     counted: Tensor = noise.unflatten(0, (-1, first + images))[:, first:]
     apart = counted[adapters].float() - counted[bases].float()
     strength: Tensor = torch.linalg.vector_norm(apart, dim=2)
-    return strength.contiguous() if previous is None else keep * previous + (1 - keep) * strength
+    if previous is not None:
+        strength = keep * previous + (1 - keep) * strength
+    return strength.contiguous()
 
 
 def masks_definition(strength: Tensor, temperature: float, blur: int, own: bool) -> Tensor:

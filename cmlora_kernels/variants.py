@@ -272,14 +272,15 @@ def _step_launches(unet: UNet, adapters: int, dtype: torch.dtype, arch: str) -> 
 
 
 def _place_launches(size: int, adapters: int, dtype: torch.dtype) -> Iterator[Launch]:
-    """Masks of one image with guidance, and what is combined with them."""
-    places = size * size
-    for strides in ((places, 1), (1, 4)):
+    """Masks of one image with guidance, and what is combined with them; one number of adapters in every form."""
+    places, every = size * size, adapters == ADAPTERS[0]
+    shape = (2, 1, 4, places)
+    for strides in ((places, 1), (1, 4)) if every else ((places, 1),):
         for keep in (None, 0.7):
-            yield strength_launch((2, 1, 4, places), strides, adapters, 1, keep, dtype)
-        for base in (0, None):
-            yield local_launch((2, 1, 4, places), strides, adapters, base, dtype)
-        yield regions_launch((2, 1, 4, places), strides, adapters, dtype)
+            yield strength_launch(shape, strides, adapters, 1, keep, dtype)
+        for base in (0, None) if every else (0,):
+            yield local_launch(shape, strides, adapters, base, dtype)
+        yield regions_launch(shape, strides, adapters, dtype)
     for blur in (1, 3):
         yield blur_launch(adapters, 1, size, size, blur)
     for own, temperature in ((True, 0.6), (False, 0.25)):

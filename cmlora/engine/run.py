@@ -73,10 +73,7 @@ class Lane:
     def _shrink(self, sample: Tensor) -> None:
         """The conditional half goes on alone."""
         if self.halves != 2 or sample.shape[1:] != self.shape[1:] or sample.shape[0] * 2 != self.own:
-            raise RunError(
-                f"the batch changed from {tuple(self.shape)} to {tuple(sample.shape)} in mid-run; only guidance that "
-                "a pipeline of diffusers switches off, which halves it, can be followed"
-            )
+            raise _changed(self.shape, sample.shape)
         half = sample.shape[0]
         if self.cache is not None:
             self.cache = self.cache.view(-1, self.own, *self.cache.shape[1:])[:, half:].flatten(0, 1)
@@ -197,6 +194,8 @@ class Run:
                         "the model was called twice for one timestep with the same conditions; cmlora takes one call "
                         "per step, or one per guidance half (a sampler that evaluates a step twice cannot be followed)"
                     )
+        if self.lanes and self.lanes[0].shape != inputs.sample.shape:
+            raise _changed(self.lanes[0].shape, inputs.sample.shape)
         self._must_be_a_half(inputs)
         lane = Lane(inputs.sample.shape[0], place.halves, inputs.sample.shape, inputs.sample, bool(self.foreign))
         if self.lanes and self.lanes[0].own == lane.own:  # what was decided holds for all halves
@@ -212,6 +211,13 @@ class Run:
                     "halves. cmlora takes one call per step, or one per guidance half (self-attention guidance, and "
                     "samplers that evaluate a step twice, cannot be followed)"
                 )
+
+
+def _changed(before: torch.Size, now: torch.Size) -> RunError:
+    return RunError(
+        f"the batch changed from {tuple(before)} to {tuple(now)} in mid-run; only guidance that diffusers' pipelines "
+        "switch off, which halves it, can be followed"
+    )
 
 
 def _same_memory(held: Held, inputs: Inputs) -> bool:

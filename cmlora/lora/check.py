@@ -97,8 +97,8 @@ def _adapter(layer: Any, n: str) -> str | None:
         return f"adapter {n!r} has a LoRA bias, which cannot be batched: {_remove(n)}"
     if down.weight.dtype not in FLOATS or up.weight.dtype not in FLOATS:
         return (
-            f"adapter {n!r} is stored as {down.weight.dtype}, cast layer by layer, which cannot be batched: keep LoRA "
-            "layers out of it with pipe.unet.enable_layerwise_casting(..., skip_modules_pattern=(*patterns, 'lora')), "
+            f"adapter {n!r} is stored as {down.weight.dtype}, cast layer by layer, which cannot be batched: load it "
+            "before pipe.unet.enable_layerwise_casting(...), with 'lora' in skip_modules_pattern where that is given, "
             f"or {KEEPS}"
         )
     kind = nn.Conv2d if isinstance(layer, PeftConv2d) else nn.Linear

@@ -15,8 +15,8 @@ TRUSTED = frozenset({"torch", "diffusers", "peft", "transformers", "accelerate",
 """Packages whose modules and hooks treat each row of a batch on its own."""
 QUANTISED = frozenset({"bitsandbytes", "torchao", "optimum"})
 """Packages whose layers do so, too: linear layers on weights of fewer bits."""
-PROCESSORS = "diffusers.models.attention_processor"
-"""Where diffusers' own processors are; those of its other modules mix images (text to video, style alignment)."""
+PROCESSORS = "diffusers.models."
+"""Where the processors of diffusers' models are; those of its pipelines mix images (text to video, editing)."""
 OFFLOADS = ("group_offloading", "lazy_prefetch_group_offloading", "layer_execution_tracker")
 
 
@@ -24,7 +24,7 @@ def foreign(model: nn.Module) -> list[str]:
     """Code in a model that may look at other rows of its batch, each as "where: what".
 
     Hooks and forwards that are not of torch, diffusers, peft, transformers or accelerate, attention processors that are
-    not among diffusers' own, subclasses of modules that were defined elsewhere, and class methods that were replaced.
+    not of diffusers' models, subclasses of modules that were defined elsewhere, and class methods that were replaced.
     The model's own forward is not looked at.
     """
     found = ["all modules: a global forward hook"] if globally_hooked() else []
@@ -35,12 +35,12 @@ def foreign(model: nn.Module) -> list[str]:
         if kind not in kinds:
             kinds[kind] = _of_class(kind)
         what = _of_hooks(state) if state["_forward_pre_hooks"] or state["_forward_hooks"] else []
-        if kinds[kind] is not None:
+        if kinds[kind] is not None and module is not model:
             what.append(str(kinds[kind]))
         if "forward" in state and module is not model and not classes_own(module):
             what += _of_forward(state)
         processor = state.get("processor") or state["_modules"].get("processor")
-        if processor is not None and type(processor).__module__ != PROCESSORS:
+        if processor is not None and not type(processor).__module__.startswith(PROCESSORS):
             what.append(f"attention processor {_kind(processor)}")
         if what:
             suspects.append((module, what))

@@ -159,7 +159,7 @@ def test_kandinsky_blocks():
 
 
 def test_foreign_unet_and_fused_projections(sd):
-    with pytest.raises(cmlora.UnsupportedModelError, match="UNet2DConditionModel, got Linear"):
+    with pytest.raises(cmlora.UnsupportedModelError, match="unet is a Linear, which no model family of cmlora can run"):
         cmlora.accelerate(SimpleNamespace(unet=torch.nn.Linear(2, 2)))
     sd.fuse_qkv_projections(vae=False)
     refused(sd, cmlora.UnsupportedModelError, "unfuse_qkv_projections")
@@ -190,6 +190,12 @@ def test_perturbed_attention_guidance():
 
 # --- during a run
 
+SETTINGS_APART = (
+    {"method": "composite", "combine": "mean"},
+    {"partition": "online", "online_gate": 0.9, "low": ["b"], "combine": "deviation"},
+    {"partition": "async", "combine": "mean"},
+)
+
 
 def test_timestep_from_elsewhere(sd):
     given, want = embeddings(sd), loop(sd, lambda p: call(p, 2))
@@ -201,14 +207,39 @@ def test_timestep_from_elsewhere(sd):
     assert relative(call(sd, 2), want) < EXACT
 
 
-def test_unet_called_once_per_guidance_half(sd):
+def halves_apart(pipe, steps=4):
+    """A loop of one's own that calls the UNet once per guidance half."""
+    given = embeddings(pipe)
+    pipe.scheduler.set_timesteps(steps)
+    x = given["latents"]
+    for t in pipe.scheduler.timesteps:
+        u, c = (pipe.unet(x, t, given[f"{side}prompt_embeds"]).sample for side in ("negative_", ""))
+        x = pipe.scheduler.step(u + 7.5 * (c - u), t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("settings", SETTINGS_APART, ids=lambda s: "-".join(map(str, s.values())))
+def test_unet_called_once_per_guidance_half_has_a_cache_per_half(sd, settings):
+    with cmlora.accelerated(sd, cache_interval=2, **settings):
+        together = call(sd, 4)
+        assert relative(halves_apart(sd), together) < EXACT
+        told = cmlora.summary(sd)
+        assert len(told.steps) == 4
+        rows = 2 * (3 if settings.get("combine") == "deviation" else 2)
+        assert {step.rows_full + step.rows_shallow for step in told.steps} == {rows}
+
+
+def test_two_calls_of_one_timestep_that_are_no_halves(sd):
     given, want = embeddings(sd), loop(sd, lambda p: call(p, 2))
     cmlora.accelerate(sd, method="composite", combine="mean")
-    sd.scheduler.set_timesteps(4, device=DEVICE)
-    t = sd.scheduler.timesteps[0]
-    sd.unet(given["latents"], t, given["prompt_embeds"])
-    with pytest.raises(cmlora.RunError, match=r"called twice for one timestep.*one call per step"):
-        sd.unet(given["latents"], t, given["negative_prompt_embeds"])
+    sd.scheduler.set_timesteps(4)
+    t, x = sd.scheduler.timesteps[0], given["latents"]
+    sd.unet(x, t, given["prompt_embeds"])
+    with pytest.raises(cmlora.RunError, match="twice for one timestep with the same conditions"):
+        sd.unet(x, t, given["prompt_embeds"])
+    sd.unet(x, t, given["prompt_embeds"])
+    with pytest.raises(cmlora.RunError, match=r"different latents: these are no guidance halves"):
+        sd.unet(x + 1, t, given["negative_prompt_embeds"])
     assert relative(call(sd, 2), want) < EXACT
 
 

@@ -77,6 +77,10 @@ def check_supported(unet: Any) -> None:
     """Raise UnsupportedModelError unless `unet` is a UNet2DConditionModel made of blocks that we can run."""
     if not isinstance(unet, UNet2DConditionModel):
         raise UnsupportedModelError(f"unet must be a UNet2DConditionModel, got {type(unet).__name__}")
+    if type(unet).forward is not UNet2DConditionModel.forward:
+        raise UnsupportedModelError(
+            f"{type(unet).__name__}.forward is not UNet2DConditionModel's, and would be bypassed"
+        )
     kinds = {type(b).__name__ for b in (*unet.down_blocks, *unet.up_blocks)} - set(BLOCKS)
     mid = type(unet.mid_block).__name__
     if kinds or mid not in MID_BLOCKS:
