@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from cmlora.compose.plan import BASE
+from cmlora.compose.plan import ALL, BASE, NONE, Step
 from cmlora.engine.budget import Strategy
 from cmlora.engine.denoiser import Denoiser
-from cmlora.engine.run import Record
+from cmlora.engine.run import Lane, Record
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ class Summary:
         steps: one entry per UNet evaluation.
         strategies: linear layers per strategy of the kernels' cost model: "fused" (the update inside the base GEMM),
             "add" (behind it), "merged" (a weight per adapter), "definition" (plain torch).
-        refreshes: how often each adapter's whole UNet pass ran, counted over the images of the batch.
+        refreshes: how often the whole UNet ran for each adapter, for the base model ("base") and for all adapters in
+            one prediction ("a+b"), counted over the rows of the pipeline's batch.
+        masks: where each adapter acts, [images, height, width] float32 of the latents' size on the CPU, as the last
+            step of `routed`, of combine="local" or with regions had it; {} where there are no masks.
         adapter_bytes: memory of the stacked adapters, of the q, k, v weights laid one below the other, and of
             merged and transformed weights.
         cache_bytes: memory of the cached features, the prompt's keys and values and the time embeddings.
@@ -55,6 +58,7 @@ class Summary:
     adapters: tuple[str, ...]
     steps: tuple[StepSummary, ...]
     refreshes: dict[str, int]
+    masks: dict[str, Tensor] = field(repr=False, compare=False)
     strategies: dict[str, int]
     adapter_bytes: int
     cache_bytes: int
@@ -78,6 +82,10 @@ class Summary:
             *([f"rows: {_spent(self.strategy)}"] if self.strategy else []),
             "full passes: " + (", ".join(f"{name} {count}" for name, count in self.refreshes.items()) or "none"),
             "LoRA layers: " + (", ".join(f"{name} {count}" for name, count in self.strategies.items()) or "none"),
+            *(
+                f"{name} acts in {float((mask > 0.5).float().mean()):.0%} of the image"
+                for name, mask in self.masks.items()
+            ),
             f"{'step':>4} {'full':>5} {'shallow':>7} {'weight':>7}  {'m':<16} dominant",
         ]
         for i, step in enumerate(self.steps):
@@ -92,12 +100,12 @@ def summarise(denoiser: Denoiser) -> Summary:
     """Read the last run's record back from the device."""
     names, run, spending, method = denoiser.names, denoiser.last_run, denoiser.spending, denoiser.config.method
     lanes = [] if run is None else run.lanes
-    labels = ("+".join(names),) if method == "merge" else names
-    refreshes = dict.fromkeys(("base", *labels), 0)
+    labels = ("+".join(names),) if method in ("merge", "routed") else names
+    refreshes = dict.fromkeys(("base", *labels, *names), 0)
     steps: dict[int, StepSummary] = {}
     for lane in lanes:
         for record in lane.record:
-            for name in _refreshed(record, labels):
+            for name in _refreshed(record, labels, names):
                 refreshes[name] += 1
             told = _step(record, names)
             steps[record.index] = _together(steps[record.index], told) if record.index in steps else told
@@ -105,13 +113,22 @@ def summarise(denoiser: Denoiser) -> Summary:
         method=method,
         adapters=names,
         steps=tuple(steps[index] for index in sorted(steps)),
-        refreshes={name: count for name, count in refreshes.items() if count or name != "base"} if lanes else {},
+        refreshes={name: count for name, count in refreshes.items() if count or name in labels} if lanes else {},
+        masks=_masks(lanes[0], names) if lanes else {},
         strategies=spending.layer_strategies() if lanes else {},
         adapter_bytes=spending.adapter_bytes,
         cache_bytes=sum(max((record.cache_bytes for record in lane.record), default=0) for lane in lanes),
         strategy=None if run is None else run.strategy,
         peak=lambda: spending.predicted_peak(run),
     )
+
+
+def _masks(lane: Lane, names: Sequence[str]) -> dict[str, Tensor]:
+    """Of every adapter [images, height, width] on the CPU."""
+    holder = lane.routing or lane.combiner
+    if holder is None or holder.masks is None:
+        return {}
+    return {name: mask.detach().cpu().clone() for name, mask in zip(names, holder.masks, strict=True)}
 
 
 def _together(one: StepSummary, other: StepSummary) -> StepSummary:
@@ -131,14 +148,22 @@ def _spent(strategy: Strategy) -> str:
     return f"{strategy.at_once} predictions at once; q, k, v {stacked}; the prompt's keys and values {kept}{more}"
 
 
-def _refreshed(record: Record, labels: Sequence[str]) -> list[str]:
-    """The adapter of every full pass of a step, once per image of the pipeline's batch."""
+def _refreshed(record: Record, labels: Sequence[str], names: Sequence[str]) -> list[str]:
+    """What every full pass of a step predicted with, once per row of the pipeline's batch."""
     step = record.step
     predictions = range(len(step.slots)) if record.refreshed_all else step.refresh
-    names = [labels[step.slots[p]] if step.slots[p] != BASE else "base" for p in predictions for _ in range(record.own)]
+    told = [_label(step, p, labels, names) for p in predictions for _ in range(record.own)]
     if step.refresh_dominant and not record.refreshed_all:
-        names += [labels[slot] for slot in _per_row(record.dominant, record.own)]
-    return names
+        told += [names[slot] for slot in _per_row(record.dominant, record.own)]
+    return told
+
+
+def _label(step: Step, prediction: int, labels: Sequence[str], names: Sequence[str]) -> str:
+    """Of one prediction; a slot without a label of its own is that of the base model with the shared adapters."""
+    slot, who = step.slots[prediction], step.who[prediction] if step.who else ALL
+    if slot == BASE or slot >= len(labels) or who == NONE:
+        return "base"
+    return labels[slot] if who == ALL else names[who]
 
 
 def _step(record: Record, names: Sequence[str]) -> StepSummary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,33 +109,36 @@ class Routing:
         self.masks = place_masks(self.strength, self.config.temperature, self.config.mask_blur, backend=backend)
 
 
+def read_regions(config: CMLoRAConfig) -> CMLoRAConfig:
+    """The same with its regions as tensors [height, width] float32 on the CPU: once, not at every run.
+
+    Raises:
+        ConfigError: a mask of another shape or range.
+    """
+    if config.regions is None:
+        return config
+    return replace(config, regions={name: _mask(name, given) for name, given in config.regions.items()})
+
+
 def region_masks(
-    regions: Mapping[str, Any], names: Sequence[str], size: tuple[int, int], device: torch.device
+    regions: Mapping[str, Tensor], names: Sequence[str], size: tuple[int, int], device: torch.device
 ) -> Tensor:
     """[adapters, 1, height, width] float32 of the user's masks; 1 for an adapter without one.
 
     Args:
-        regions: by adapter: a tensor or array [.., height, width] or a picture, 0..1 (integers: 0..255).
+        regions: of `read_regions`, by adapter.
         names: adapters, in order. size: of the latents.
-
-    Raises:
-        ConfigError: an adapter that takes no part, or a mask of another shape or range.
     """
-    unknown = [name for name in regions if name not in names]
-    if unknown:
-        raise ConfigError(f"regions names {', '.join(unknown)}, but the adapters are {', '.join(names)}")
-    masks = torch.ones(len(names), 1, *size)
-    for i, name in enumerate(names):
-        if name in regions:
-            masks[i, 0] = F.adaptive_avg_pool2d(_mask(name, regions[name])[None], size)[0]
-    return masks.to(device)
+    whole = torch.ones(1, *size)
+    drawn = [F.adaptive_avg_pool2d(regions[name][None], size) if name in regions else whole for name in names]
+    return torch.stack(drawn).to(device)
 
 
 def _mask(name: str, given: Any) -> Tensor:
-    """[height, width] float32 on the CPU."""
+    """[height, width] float32 on the CPU, of a tensor or array [.., height, width] or a picture (integers: 0..255)."""
     if hasattr(given, "convert"):  # a picture
-        given = np.asarray(given.convert("L"))
-    mask = given.detach().cpu() if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given))
+        given = given.convert("L")
+    mask = given.detach().cpu() if isinstance(given, Tensor) else torch.as_tensor(np.array(given))
     if mask.dtype == torch.uint8:
         mask = mask / 255
     mask = mask.float()

@@ -16,7 +16,7 @@ from torch import Tensor
 from cmlora.batch.inputs import Inputs
 from cmlora.batch.rows import Rows
 from cmlora.batch.running import Running
-from cmlora.compose.places import Combiner, Routing, region_masks
+from cmlora.compose.places import Combiner, Routing, read_regions, region_masks
 from cmlora.compose.plan import Step, make_plan, make_recipes, order_adapters
 from cmlora.config import CMLoRAConfig
 from cmlora.engine.footprint import RunShape
@@ -48,7 +48,8 @@ class Denoiser:
         self.family, self.module = find_family(pipe)
         self._pipe = weakref.ref(pipe)
         self._scheduler = getattr(pipe, "scheduler", None)  # of pipelines that share the module, once `pipe` is gone
-        self.config, self.profiled = config, profiled
+        self.config = config = read_regions(config)
+        self.profiled = profiled
         self.batched = self.family.batched(self.module, config, Running())
         self.spending = Spending(self.batched, config)
         self._prompted: tuple[object, list[Tensor], Any] | None = None

@@ -74,13 +74,49 @@ def test_set_adapters_is_never_called_in_a_run(monkeypatch):
     call(pipe)
 
 
-def test_flops_on_sd15_are_7_percent_below_the_loops():
+def test_flops_on_sd15_are_7_percent_below_the_loops(sd15):
     """One reuse and one refresh step of SD1.5 at 512 px, N = 5, on `meta`: shapes only, no weights."""
-    pipe = MetaPipe("sd15", 5)
     ours, loop = (
-        sum(op.flops for step in pipe.steps(method, 5) for op in step.trace.ops("sm_90")) for method in ("ours", "loop")
+        sum(op.flops for step in sd15.steps(method, 5) for op in step.trace.ops("sm_90")) for method in ("ours", "loop")
     )
     assert ours <= 0.93 * loop
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    return MetaPipe("sd15", 5)
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_a_routed_image_takes_at_most_half_more_flops_than_a_merged_one(sd15, interval):
+    """25 steps of SD1.5 at 512 px, N = 5: all rows in the two mask steps, then steps that are merge's own.
+
+    The first one behind them makes the prompt's keys and values anew, for one prediction.
+    """
+
+    def flops(**config):
+        first, second, refresh, reuse = (
+            sum(op.flops for op in step.trace.ops("sm_90"))
+            for step in sd15.first_steps(5, cache_interval=interval, **config)
+        )
+        refreshes = len(range(2, 25, interval))
+        return first + second + refreshes * refresh + (23 - refreshes) * reuse, (refresh, reuse)
+
+    routed, behind = flops(method="routed", mask_steps=2)
+    merge, merged = flops(method="merge", merge_weights=False)
+    assert behind == pytest.approx(merged, rel=5e-3)
+    assert routed <= 1.5 * merge
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_behind_its_mask_steps_routed_launches_what_a_merge_does(interval):
+    pipe, _ = pipe_with(5)
+    counted = {}
+    for method in ("merge", "routed"):
+        cmlora.accelerate(pipe, method=method, cache_interval=interval, merge_weights=False, winograd=False)
+        counted[method] = per_step(pipe, short=4, long=8)
+    assert counted["routed"][0] <= 1.05 * counted["merge"][0]
+    assert counted["routed"][1] <= counted["merge"][1]
 
 
 @pytest.mark.parametrize("pattern", [ATTENTION, EVERYTHING], ids=["attention", "convolutions too"])

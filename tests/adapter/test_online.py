@@ -1,5 +1,7 @@
 """The online partition: every image of a batch follows its own spectrum, and the host never waits for it."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -111,22 +113,39 @@ class NoHostCall(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("max_cache_age", [None, 3])
-@pytest.mark.parametrize("combine", ["mean", "deviation"])
-def test_no_step_reads_a_value_of_the_device(combine, max_cache_age):
+HALF = torch.linspace(0, 1, 64).view(8, 8)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"combine": "mean"},
+        {"combine": "deviation", "max_cache_age": 3},
+        {"combine": "local", "shared": ("style",)},
+        {"combine": "mean", "regions": {"style": HALF}, "prompts": {"style": torch.ones(1, 77, 24)}},
+        {"method": "routed", "mask_steps": 3},
+        {"method": "routed", "regions": {"style": HALF}},
+    ],
+    ids=lambda config: "-".join(map(str, config)),
+)
+def test_no_step_reads_a_value_of_the_device(config):
     pipe = three_adapters(ATTENTION)
-    cmlora.accelerate(pipe, partition="online", combine=combine, cache_interval=2, max_cache_age=max_cache_age)
-    mode = NoHostRead()
-    ours = pipe.unet.forward
+    cmlora.accelerate(pipe, partition="online", cache_interval=2, **config)
+    mode, denoiser = NoHostRead(), pipe.unet.forward.cmlora.denoiser
+    one_thread = denoiser._one_thread
 
-    def watched(*args, **kwargs):
-        mode.armed = True
-        try:
-            return ours(*args, **kwargs)
-        finally:
-            mode.armed = False
+    @contextmanager
+    def armed():  # around all of a step; a function around forward would hide who calls
+        with one_thread():
+            mode.armed = True
+            try:
+                yield
+            finally:
+                mode.armed = False
+                steps.append(1)
 
-    pipe.unet.forward = watched
+    steps = []
+    denoiser._one_thread = armed
     with mode, NoHostCall(mode):
         call(pipe, 6, given=two_spectra(pipe))
-    pipe.unet.forward = ours
+    assert len(steps) == 6

@@ -143,6 +143,36 @@ def test_switch_never_uses_another_adapters_features():
         assert step.refresh or step.slots == before.slots
 
 
+STAGES = {"method": "switch", "switch_stages": True, "switch_step": 2, "offline_boundary": 0.5}
+
+
+def slots(planned):
+    return [step.slots[0] for step in planned]
+
+
+def test_switch_by_stages_begins_each_with_its_first_adapter():
+    names = ("background_1", "character_1", "style_1", "background_2")  # rows are high, then low
+    assert slots(plan(14, names, **STAGES)) == [0, 0, 0, 1, 1, 0, 0, 1, 2, 2, 3, 3, 2, 2]
+    # as many steps of the other stage before it change nothing
+    assert slots(plan(10, names, **STAGES | {"offline_boundary": 0.15})) == [0, 0, 2, 2, 3, 3, 2, 2, 3, 3]
+
+
+def test_switch_by_stages_without_low_adapters_is_the_plain_one():
+    names = ("a", "b", "c")
+    assert slots(plan(12, names, **STAGES)) == slots(plan(12, names, method="switch", switch_step=2))
+    # with low ones alone these are the only ones, and rotate as high ones do
+    assert slots(plan(12, ("background_1", "background_2"), **STAGES)) == [0, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1]
+
+
+def test_routed_runs_every_adapter_alone_in_its_first_steps_only():
+    planned = plan(5, method="routed", mask_steps=2, cache_interval=2)
+    assert [len(step.slots) for step in planned] == [5, 5, 1, 1, 1]
+    assert [step.who for step in planned[1:3]] == [(-1, 0, 1, 2, -2), (-1,)]
+    assert [step.refresh for step in planned] == [(0, 1, 2, 3, 4), (), (0,), (), (0,)]
+    drawn = plan(3, method="routed", regions={"style_1": [[1.0]]})
+    assert [len(step.slots) for step in drawn] == [1, 1, 1]
+
+
 def test_unknown_names_are_high_and_rows_are_high_then_low():
     config = CMLoRAConfig()
     assert partition_adapters(("background_2", "foo", "clothing_1"), config) == (

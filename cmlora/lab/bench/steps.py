@@ -108,6 +108,16 @@ class MetaPipe:
             alike = method in ("plain", "merge")
             return list(self._run(first=0, last=0) if alike else self._run(first=1, last=INTERVAL))
 
+    def first_steps(self, adapters: int, **config: Any) -> list[Step]:
+        """The first two cache intervals of a run by us.
+
+        Args:
+            adapters: how many take part. config: of CMLoRAConfig.
+        """
+        self.pipe.unet.set_adapters(self.names(adapters))
+        with torch.no_grad(), accelerated(self.pipe, **config):
+            return list(self._run(first=0, last=2 * INTERVAL - 1))
+
     def _run(self, first: int, last: int) -> Iterator[Step]:
         pipe, unet = self.pipe, self.pipe.unet
         pipe.scheduler.set_timesteps(2 * INTERVAL)
