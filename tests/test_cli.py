@@ -7,11 +7,17 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import typer
 from diffusers import StableDiffusionPipeline
+from PIL import Image
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from cmlora import sprites
+from cmlora.cli import app
 from cmlora.lab.quiet import leave_out_harmless_messages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +36,46 @@ def test_generate_prints_progress_and_result_alone(tmp_path):
     lines = [line.strip("\x1b[A ") for line in re.split(r"[\r\n]", done.stderr)]
     assert any(line.startswith("cmlora: 100%") for line in lines)
     assert [line for line in lines if line and not PROGRESS.fullmatch(line)] == []
+
+
+def test_generate_draws_masks(tmp_path):
+    """A box for one LoRA, one that is shared, and the picture of where they act."""
+    made, shown = tmp_path / "made.png", tmp_path / "masks.png"
+    arguments = ["generate", "--model", sprites.model_path(), "--prompt", "a zebrin creature", "--steps", "2"]
+    arguments += ["--lora", "zebrin=character", "--lora", "tophat", "--lora", "sketch", "--shared", "sketch"]
+    arguments += ["--method", "composite", "--combine", "local", "--lora-prompt", "tophat=wearing a tophat"]
+    arguments += ["--region", "character=0,0,0.5,1", "--out", str(made), "--masks", str(shown)]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "character acts in 50% of the image" in done.output
+    grid = np.asarray(Image.open(shown).convert("HSV"))[28:, :, 1]  # saturation, below the labels
+    _, character, tophat = (grid[:, left : left + 192] for left in (0, 200, 400))
+    assert grid.shape == (192, 592)
+    assert character[:, 120:].max() < 5 < tophat[:, 120:].max(), "what lies outside of the box is grey"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--region nobody=0,0,1,1", "--region nobody=0,0,1,1: no --lora of the name nobody; there are a, b"),
+        ("--region a=0,0,1", "--region a=0,0,1: neither a file nor x0,y0,x1,y1"),
+        ("--region a=0,0,1,2", "--region a=0,0,1,2: must be 0 <= x0 < x1 <= 1"),
+        ("--region a", "--region a: must be NAME=..."),
+        ("--region a=pyproject.toml", "--region a=pyproject.toml: no picture"),
+        ("--region a=0,0,1,1 --region a=0,0,1,1", "--region names a twice"),
+        ("--region a=0,0,1,1 --method switch", "--region goes with routed, composite, cmlora, not with switch"),
+        ("--region a=0,0,1,1 --shared a", "--region a=...: a is --shared"),
+        ("--shared nobody", "--shared nobody: no --lora of the name nobody"),
+        ("--lora-prompt a=text --method routed", "--lora-prompt goes with composite, cmlora, not with routed"),
+        ("--masks x.png --compare merge,routed", "--masks shows one run"),
+        ("--masks x.png --method merge", "--masks needs --method routed"),
+    ],
+)
+def test_wrong_options_are_named(arguments, message):
+    command = f"generate --model {sprites.model_path()} --lora zebrin=a --lora tophat=b --prompt p {arguments}"
+    with pytest.raises(typer.BadParameter) as error:
+        get_command(app).main(command.split(), standalone_mode=False)
+    assert message in error.value.message
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Identity = tuple[object, ...]
@@ -24,9 +25,11 @@ def memory(t: Any) -> Identity:
 
 
 def _address(t: Any) -> int:
+    if isinstance(t, FakeTensor):  # sizes are being traced: no memory at all, and torch warns when asked
+        return id(t)
     try:
         return int(t.data_ptr()) or id(t)
-    except RuntimeError:  # no memory at all: sizes are being traced
+    except RuntimeError:  # no memory at all
         return id(t)
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from cmlora import sprites
 from cmlora.accelerate import accelerate, restore, summary
-from cmlora.lab.pictures import labelled_grid, timeline
+from cmlora.lab.pictures import labelled_grid, masks_over, timeline
 
-METHODS = ("merge", "switch", "composite", "cmlora")
+METHODS = ("merge", "switch", "composite", "cmlora", "routed")
 ADAPTERS = {  # role, in the order in which LoRAs are added -> trigger word and its clause
     "character": ("zebrin", "a zebrin creature"),
     "clothing": ("tophat", "wearing a tophat"),
@@ -52,10 +52,10 @@ def draw(pipe: Any, roles: Sequence[str], method: str, steps: int, seed: int, **
 
 
 def run_demo(out: Path, steps: int = 16, seed: int = 1) -> Iterator[Path]:
-    """Draw the methods for two to five LoRAs at one seed, and one run of `cmlora`; yields each file once written.
+    """Draw the methods for two to five LoRAs at one seed, a run of `cmlora` and one of `routed`; yields each file.
 
     Args:
-        out: folder for methods.png, run.png and run.txt; made if absent.
+        out: folder for methods.png, masks.png, run.png and run.txt; made if absent.
         steps: denoising steps. seed: of the latents, the same for all images.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -65,6 +65,9 @@ def run_demo(out: Path, steps: int = 16, seed: int = 1) -> Iterator[Path]:
     labels = [f"{n} LoRAs" for n in range(2, len(roles) + 1)]
     labelled_grid(images, METHODS, labels).save(out / "methods.png")
     yield out / "methods.png"
+    image = draw(pipe, roles[:4], "routed", steps, seed)
+    masks_over(image, summary(pipe).masks).save(out / "masks.png")
+    yield out / "masks.png"
     image = draw(pipe, roles[:4], "cmlora", steps, seed)
     run = summary(pipe)
     text = f"{run}\n"  # while the pipeline is accelerated: the peak is computed when it is asked for

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from cmlora.summary import Summary
 
@@ -32,6 +33,22 @@ def labelled_grid(
         for c, image in enumerate(images):
             sheet.paste(image.resize((wide, tall), Image.Resampling.NEAREST), (margin + c * (wide + GAP), top))
     return sheet
+
+
+def masks_over(image: Image.Image, masks: Mapping[str, Tensor]) -> Image.Image:
+    """A picture, and beside it a panel per adapter: in colour where the adapter acts, pale grey where it does not.
+
+    Args:
+        image: the first of the batch.
+        masks: of `Summary.masks`; the share of the image with a mask above 0.5 stands behind the name.
+    """
+    pale = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "white"), 0.7)
+    panels, labels = [image.convert("RGB")], ["picture"]
+    for name, mask in masks.items():
+        level = Image.fromarray((mask[0] * 255).round().byte().numpy()).resize(image.size, Image.Resampling.BILINEAR)
+        panels.append(Image.composite(panels[0], pale, level))
+        labels.append(f"{name}, {float((mask[0] > 0.5).float().mean()):.0%}")
+    return labelled_grid([panels], labels)
 
 
 def timeline(run: Summary, image: Image.Image) -> Image.Image:
