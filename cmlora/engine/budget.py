@@ -27,7 +27,7 @@ class Strategy:
     transform: bool = False
 
 
-def strategies(predictions: int, most: int | None, *, merge: bool = False, transform: bool = False) -> list[Strategy]:
+def candidates(predictions: int, most: int | None, *, merge: bool = False, transform: bool = False) -> list[Strategy]:
     """All that there are, from the fastest to the smallest.
 
     First the transformed and then the merged weights are given up, where they are an option, then the copies (two more
@@ -51,11 +51,11 @@ def strategies(predictions: int, most: int | None, *, merge: bool = False, trans
     ]
 
 
-def choose(candidates: Sequence[Strategy], peak: Callable[[Strategy], int], budget: int) -> Strategy:
-    """The first of the candidates that keeps the budget.
+def first_that_fits(options: Sequence[Strategy], peak: Callable[[Strategy], int], budget: int) -> Strategy:
+    """The first of the options that keeps the budget.
 
     Args:
-        candidates: from the fastest to the smallest.
+        options: from the fastest to the smallest.
         peak: bytes that a run takes with one; asked only for those that come before the one that is taken.
         budget: bytes.
 
@@ -63,7 +63,7 @@ def choose(candidates: Sequence[Strategy], peak: Callable[[Strategy], int], budg
         RunError: none does; it names the least that is possible.
     """
     peaks = []
-    for strategy in candidates:
+    for strategy in options:
         peaks.append(peak(strategy))
         if peaks[-1] <= budget:
             return strategy

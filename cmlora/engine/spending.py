@@ -16,7 +16,7 @@ from torch import nn
 from cmlora.batch.inputs import Inputs
 from cmlora.batch.running import Running
 from cmlora.config import CMLoRAConfig, Recipe
-from cmlora.engine.budget import Strategy, choose, strategies
+from cmlora.engine.budget import Strategy, candidates, first_that_fits
 from cmlora.engine.footprint import keep_freed_memory, peak_of_run
 from cmlora.engine.graphs import Capture, Captured, capture_cuda
 from cmlora.engine.run import Lane, Run
@@ -103,13 +103,13 @@ class Spending:
             )
         predictions = max(len(step.slots) for step in run.plan)
         at_once = 1 if lane.apart else None if most is None else most // lane.own
-        candidates = strategies(predictions, at_once, merge=self.may_merge, transform=self.may_transform)
+        options = candidates(predictions, at_once, merge=self.may_merge, transform=self.may_transform)
         if budget is None:
-            strategy = candidates[0]
+            strategy = options[0]
         elif not self.batched.predictable():
             raise RunError("memory_budget needs a model without hooks and attention processors of one's own")
         else:
-            strategy = choose(candidates, lambda candidate: self._peak(lane, candidate), budget)
+            strategy = first_that_fits(options, lambda candidate: self._peak(lane, candidate), budget)
             self._stack(strategy.stack)
             self.batched.keep_prompt = strategy.keep_prompt
         self.merging.switch(strategy.merge)

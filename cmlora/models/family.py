@@ -250,7 +250,7 @@ def _follow_bases(cache: Tensor, features: Sequence[Tensor], follow: tuple[int, 
 
 
 def _joined(parts: Sequence[Part], xs: Sequence[Shared]) -> Shared:
-    """A tensor of several parts as one of everyone; one that is the same for all predictions is any part's."""
+    """A tensor that parts have rows of, as one of everyone; where it is shared by all predictions, one part's."""
     if len(parts) == 1 or not xs[0].by_prediction:
         return xs[0]
     return Shared(torch.cat([whole(x, part.rows) for part, x in zip(parts, xs, strict=True)]), True, True)

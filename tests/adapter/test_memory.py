@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cmlora
-from cmlora.engine.budget import Strategy, choose, strategies
+from cmlora.engine.budget import Strategy, candidates, first_that_fits
 from cmlora.lab.bench.tiny import ATTENTION, EVERYTHING, SMALL, noises, relative, three_adapters
 from cmlora.models.unet.step import UNetPart
 
@@ -119,8 +119,8 @@ def test_a_budget_is_kept_and_changes_no_prediction():
 
 
 def test_what_a_budget_gives_up_in_which_order():
-    candidates = strategies(5, None)
-    assert [(s.at_once, s.stack, s.keep_prompt) for s in candidates] == [
+    every = candidates(5, None)
+    assert [(s.at_once, s.stack, s.keep_prompt) for s in every] == [
         (5, True, True),
         (5, False, True),
         (5, False, False),
@@ -128,18 +128,18 @@ def test_what_a_budget_gives_up_in_which_order():
         (2, False, False),
         (1, False, False),
     ]
-    assert strategies(5, None, merge=True) == [Strategy(5, merge=True), *candidates]
-    both = strategies(5, None, merge=True, transform=True)
-    assert both == [Strategy(5, merge=True, transform=True), Strategy(5, merge=True), *candidates]
-    assert strategies(5, None, transform=True) == [Strategy(5, transform=True), *candidates]
-    assert [s.at_once for s in strategies(8, 4)] == [4, 4, 4, 3, 2, 1]
-    assert strategies(1, None) == [Strategy(1), Strategy(1, stack=False), Strategy(1, stack=False, keep_prompt=False)]
+    assert candidates(5, None, merge=True) == [Strategy(5, merge=True), *every]
+    both = candidates(5, None, merge=True, transform=True)
+    assert both == [Strategy(5, merge=True, transform=True), Strategy(5, merge=True), *every]
+    assert candidates(5, None, transform=True) == [Strategy(5, transform=True), *every]
+    assert [s.at_once for s in candidates(8, 4)] == [4, 4, 4, 3, 2, 1]
+    assert candidates(1, None) == [Strategy(1), Strategy(1, stack=False), Strategy(1, stack=False, keep_prompt=False)]
 
     def peak(strategy):
         return 100 + 10 * strategy.at_once + 30 * strategy.stack + 5 * strategy.keep_prompt
 
-    assert choose(candidates, peak, 185) == Strategy(5)
-    assert choose(candidates, peak, 184) == Strategy(5, stack=False)
-    assert choose(candidates, peak, 129) == Strategy(2, stack=False, keep_prompt=False)
+    assert first_that_fits(every, peak, 185) == Strategy(5)
+    assert first_that_fits(every, peak, 184) == Strategy(5, stack=False)
+    assert first_that_fits(every, peak, 129) == Strategy(2, stack=False, keep_prompt=False)
     with pytest.raises(cmlora.RunError, match=r"at least 110 bytes .* got 109"):
-        choose(candidates, peak, 109)
+        first_that_fits(every, peak, 109)

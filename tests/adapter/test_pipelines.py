@@ -8,10 +8,24 @@ import diffusers
 import pytest
 import torch
 from diffusers import ControlNetModel, T2IAdapter
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.modular_pipelines import PipelineState
+from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLDenoiseStep
 
 import cmlora
-from cmlora.lab.bench.tiny import DEVICE, call, embeddings, relative, sd_pipe, sd_unet, sdxl_pipe, sdxl_unet
-from tests.adapter.loop import EXACT, cmlora_equals_loop, composite_equals_loop, small_unet, with_loras
+from cmlora.lab.bench.tiny import (
+    DEVICE,
+    add_lora,
+    call,
+    ddim,
+    embeddings,
+    relative,
+    sd_pipe,
+    sd_unet,
+    sdxl_pipe,
+    sdxl_unet,
+)
+from tests.adapter.loop import EXACT, NAMES, WEIGHTS, cmlora_equals_loop, composite_equals_loop, small_unet, with_loras
 
 
 def controlnet(unet):
@@ -141,3 +155,36 @@ def test_inpainting_unet_with_nine_channels():
         steps = cmlora.summary(pipe).steps
     # the gate sees the latents, not the mask: what NumPy says of the first noise-like latents is far from 0 and 1
     assert all(0 < step.gate[0] < 1 for step in steps[1:])
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_modular_sdxl_whose_guider_calls_the_unet_once_per_half(interval):
+    """The modular pipeline's own denoising loop; each half with a cache of its own, as a loop over the adapters has."""
+    unet = sdxl_unet()
+    for seed, name in enumerate(NAMES):
+        add_lora(unet, name, seed=seed)
+    pipe = StableDiffusionXLDenoiseStep().init_pipeline()
+    guider = ClassifierFreeGuidance(guidance_scale=5.0)
+    pipe.update_components(unet=unet.to(DEVICE), scheduler=ddim(), guider=guider)
+    whole = sdxl_pipe(unet)
+    given = embeddings(whole)
+
+    def run(pipe):
+        pipe.scheduler.set_timesteps(4, device=DEVICE)
+        state = PipelineState()
+        sizes = torch.tensor([[128.0, 128, 0, 0, 128, 128]], device=DEVICE)
+        for name, value in given.items():
+            state.set(name, value.clone(), None if name == "latents" else "denoiser_input_fields")
+        for name in ("add_time_ids", "negative_add_time_ids"):
+            state.set(name, sizes, "denoiser_input_fields")
+        state.set("timesteps", pipe.scheduler.timesteps)
+        state.set("num_inference_steps", 4)
+        return pipe(state=state, output="latents")
+
+    unet.set_adapters(list(NAMES), list(WEIGHTS))
+    cmlora.accelerate(whole, method="composite", combine="mean", cache_interval=interval)
+    want = call(whole, 4, guidance=5.0, given=given)
+    cmlora.restore(whole)
+    cmlora.accelerate(pipe, method="composite", combine="mean", cache_interval=interval)
+    assert relative(run(pipe), want) < EXACT
+    assert len(cmlora.summary(pipe).steps) == 4

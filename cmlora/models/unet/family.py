@@ -84,22 +84,20 @@ class UNetFamily(Family):
     def place(self, pipe: Any, scheduler: Any, call: Call) -> Place:
         """By where the timestep lies in memory: pipelines pass the elements of `scheduler.timesteps` on."""
         timestep, schedule = call.inputs.timestep, getattr(scheduler, "timesteps", None)
-        if (
-            not isinstance(timestep, Tensor)
-            or not isinstance(schedule, Tensor)
-            or timestep.untyped_storage()._cdata != schedule.untyped_storage()._cdata
-        ):
+        index = _index_in(schedule, timestep)
+        if index is None:
+            index = _guiders_step(getattr(pipe, "guider", None), schedule, timestep)
+        if index is None:
             raise RunError(
                 "timestep must be an element of pipe.scheduler.timesteps (`for t in scheduler.timesteps`), so that "
                 f"a step's position is known without reading the device; got {timestep!r}. Call set_timesteps of the "
                 "scheduler of the pipeline that was accelerated and pass its elements on. Two threads that draw with "
                 "one pipeline take each other's schedule away: let one wait for the other"
             )
-        index = int(timestep.storage_offset() - schedule.storage_offset())
         caller = calling_pipeline(self.pipelines)
         if caller is None:
-            return Place(schedule, index)
-        return Place(schedule, index, halves=2 if caller.do_classifier_free_guidance else 1, whole=True)
+            return Place(scheduler.timesteps, index)
+        return Place(scheduler.timesteps, index, halves=2 if caller.do_classifier_free_guidance else 1, whole=True)
 
     def steps(self, pipe: Any, schedule: Tensor, first: int) -> int:
         count = schedule.shape[0] - first
@@ -112,6 +110,23 @@ class UNetFamily(Family):
 
     def result(self, noise: Tensor, call: Call) -> Any:
         return UNet2DConditionOutput(sample=noise) if call.return_dict else (noise,)
+
+
+def _index_in(schedule: Any, timestep: Any) -> int | None:
+    """Where a timestep lies in a schedule, by memory; None: elsewhere."""
+    if not isinstance(timestep, Tensor) or not isinstance(schedule, Tensor):
+        return None
+    if timestep.untyped_storage()._cdata != schedule.untyped_storage()._cdata:
+        return None
+    return int(timestep.storage_offset() - schedule.storage_offset())
+
+
+def _guiders_step(guider: Any, schedule: Any, timestep: Any) -> int | None:
+    """The step that a modular pipeline told its guider of just before this call; None: none, or of a part of it."""
+    told, count = getattr(guider, "_timestep", None), getattr(guider, "_num_inference_steps", None)
+    if told is None or told is not timestep or not isinstance(schedule, Tensor) or count != schedule.shape[0]:
+        return None
+    return int(guider._step)
 
 
 def _own_rows(key: str, own: Tensor, prompt: Mapping[str, Tensor], images: int) -> Tensor:
