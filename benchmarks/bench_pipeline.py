@@ -2,6 +2,7 @@
 
 pytest benchmarks/bench_pipeline.py -s                        # N = 2..5, sprites and SD1.5's shape (random weights)
 pytest benchmarks/bench_pipeline.py -s -k "sprites and 3"     # a part of it
+pytest benchmarks/bench_pipeline.py -s -k routed              # routed against merges, N = 5, 25 steps
 pytest benchmarks/bench_pipeline.py -s --reference DIR        # another implementation too, in the same run
 
 Rivals: the same algorithm as a loop over the adapters with PEFT's set_adapters; a plain merge with PEFT; a merge with
@@ -11,6 +12,7 @@ that returns latents; it is timed as it is, its latents are compared and the dif
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +107,33 @@ def test_pipeline(benchmark: Any, request: pytest.FixtureRequest, model: str, co
 
         compare_calls(f"{model} N={count}: cmlora against {folder}", ours, published, relative(ours(), published()))
     benchmark.pedantic(ours, rounds=1)
+
+
+@pytest.mark.parametrize("interval", [1, INTERVAL])
+@pytest.mark.parametrize("model", MODELS)
+def test_routed(benchmark: Any, model: str, interval: int) -> None:
+    """Against merges of the same interval: as they come, without merged weights, and PEFT's."""
+    steps = 25
+    pipes = {name: MODELS[model](5) for name in ("routed", "merge", "apart", "peft")}
+    calls: dict[str, Callable[[], torch.Tensor]] = {}
+    for name, (pipe, names, given) in pipes.items():
+        pipe.unet.set_adapters(names)
+        calls[name] = functools.partial(call, pipe, steps, given=given)
+    _, names, _ = pipes["routed"]
+    cmlora.accelerate(pipes["merge"][0], method="merge", cache_interval=interval)
+    cmlora.accelerate(pipes["apart"][0], method="merge", cache_interval=interval, merge_weights=False)
+    everywhere = dict.fromkeys(names, torch.ones(1, 1))
+    cmlora.accelerate(pipes["routed"][0], method="routed", cache_interval=interval, regions=everywhere)
+    error = relative(calls["routed"](), calls["apart"]())
+    assert error <= TOLERANCE, f"routed with masks of one is no merge: latents differ by {error:.1e}: not timed"
+    cmlora.accelerate(pipes["routed"][0], method="routed", cache_interval=interval)
+    calls["routed"]()
+    case = f"{model} N=5, 25 steps, interval {interval}: routed against"
+    compare_calls(f"{case} merge", calls["routed"], calls["merge"], None)
+    compare_calls(f"{case} merge without merged weights", calls["routed"], calls["apart"], None)
+    if interval == 1:
+        compare_calls(f"{case} PEFT's merge", calls["routed"], calls["peft"], None)
+    benchmark.pedantic(calls["routed"], rounds=1)
 
 
 def load_reference(folder: Path) -> Callable[..., torch.Tensor]:
