@@ -206,7 +206,9 @@ def quality(
     out: Annotated[Path, typer.Option(help="Folder of the results; an interrupted run goes on.")] = Path(
         "cmlora-quality"
     ),
-    preset: Annotated[str, typer.Option(help="What to compare: methods, frontier or search.")] = "methods",
+    preset: Annotated[
+        str, typer.Option(help="What to compare: methods, frontier, search, places or masks.")
+    ] = "methods",
     setting: Annotated[
         list[str] | None, typer.Option(help="NAME:field=value,... of CMLoRAConfig; repeat; instead of the preset.")
     ] = None,
@@ -243,6 +245,9 @@ def quality(
     plot_quality(report.scores_by_size(pictures), out / "quality.png")
     plot_frontier(report.scores_over_sizes(pictures), out / "frontier.png")
     parts += ["", "Against cost:", "", report.cost_table(pictures)]
+    if preset == "places" and not named:
+        composites = [p for p in pictures if p.setting.startswith("composite")]
+        parts += ["", "Masks on the deviations:", "", report.cost_table(composites, "composite, deviation")]
     report.contact_sheet(pictures, out)
     text = "\n".join(parts)
     (out / "quality.md").write_text(f"{text}\n")

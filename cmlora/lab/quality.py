@@ -63,22 +63,42 @@ FRONTIER: dict[str, Config] = {
 """Quality against cost. "mean, interval 2" is the published code's default; without a cache there is no branch."""
 
 SEARCH: dict[str, Config] = {
-    "defaults": {},
-    "features stay": {"cache_follow": False},
-    "max_cache_age 4": {"max_cache_age": 4},
-    "dominant_weight 1": {"dominant_weight": 1.0},
-    "dominant_decay 0": {"dominant_decay": 0.0},
-    "late_stage low": {"late_stage": "low"},
-    "online_gate 0": {"online_gate": 0.0},
-    "online_gate 0.6": {"online_gate": 0.6},
-    "offline": {"partition": "offline"},
-    "async": {"partition": "async"},
+    "defaults": {"combine": "deviation"},
+    "features stay": {"combine": "deviation", "cache_follow": False},
+    "max_cache_age 4": {"combine": "deviation", "max_cache_age": 4},
+    "dominant_weight 1": {"combine": "deviation", "dominant_weight": 1.0},
+    "dominant_decay 0": {"combine": "deviation", "dominant_decay": 0.0},
+    "late_stage low": {"combine": "deviation", "late_stage": "low"},
+    "online_gate 0": {"combine": "deviation", "online_gate": 0.0},
+    "online_gate 0.6": {"combine": "deviation", "online_gate": 0.6},
+    "offline": {"combine": "deviation", "partition": "offline"},
+    "async": {"combine": "deviation", "partition": "async"},
 }
 """One field at a time away from the defaults."""
 
-PRESETS = {"methods": SETTINGS, "frontier": FRONTIER, "search": SEARCH}
+PLACES: dict[str, Config] = {
+    "merge": {"method": "merge"},
+    "routed": {"method": "routed"},
+    "composite, deviation": {"method": "composite", "combine": "deviation"},
+    "composite, local": {"method": "composite", "combine": "local"},
+}
+"""Each LoRA where it belongs, against the same without places."""
+
+MASKS: dict[str, Config] = {
+    "merge": {"method": "merge"},
+    **{f"routed, temperature {tau}": {"method": "routed", "mask_temperature": tau} for tau in (0.3, 0.6, 1.0)},
+    "routed, 1 mask step": {"method": "routed", "mask_steps": 1},
+    "routed, 3 mask steps": {"method": "routed", "mask_steps": 3},
+    **{
+        f"local, temperature {tau}": {"method": "composite", "combine": "local", "mask_temperature": tau}
+        for tau in (0.25, 0.5, 1.0)
+    },
+}
+"""What the masks' defaults were chosen from."""
+
+PRESETS = {"methods": SETTINGS, "frontier": FRONTIER, "search": SEARCH, "places": PLACES, "masks": MASKS}
 DEFAULTS = ("cmlora online, deviation", "deviation, interval 2, branch 0.1", "defaults")
-"""What the defaults of CMLoRAConfig are called in the presets."""
+"""What gains are measured against in the presets: cmlora with deviations, the default before there were masks."""
 
 
 @dataclass(frozen=True)

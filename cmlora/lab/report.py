@@ -118,16 +118,16 @@ def table(pictures: Sequence[Picture]) -> str:
     return "\n".join(lines)
 
 
-def cost_table(pictures: Sequence[Picture]) -> str:
+def cost_table(pictures: Sequence[Picture], reference: str = "") -> str:
     """Markdown: a row per setting, cheapest first, with its gain over the reference.
 
-    The reference is the setting of the defaults, or the first one where they are not among the settings. On the
-    frontier are settings that score higher than every cheaper one.
+    Without a name the reference is the setting of the defaults, or the first one where they are not among the settings.
+    On the frontier are settings that score higher than every cheaper one.
     """
     points = scores_over_sizes(pictures)
     ahead = {score.setting for score in frontier(points)}
     settings = settings_of(pictures)
-    reference = next((name for name in settings if name in DEFAULTS), settings[0])
+    reference = reference or next((name for name in settings if name in DEFAULTS), settings[0])
     head = ["setting", "GFLOP per image", "seconds per image", "concept score", f"gain over {reference}"]
     lines = list(header(*head, "all present", "on the frontier"))
     for point in points:
