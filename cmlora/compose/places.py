@@ -46,6 +46,7 @@ class Combiner:
         self.first = own - self.images
         self.regions = None if regions is None else regions.expand(-1, self.images, -1, -1)
         self.masks: Tensor | None = None  # [adapters, images, height, width] of the last step
+        self.masks_given: Tensor | None = None  # of the conditional half, where this one was called for itself
         self.adapters = torch.arange(step.adapters, device=device)
         self.bases = torch.tensor(step.bases, dtype=torch.int64, device=device)
 
@@ -69,6 +70,8 @@ class Combiner:
         return combine_local(noise, self.masks, weights, self.adapters, self.bases, base, backend=backend)
 
     def _masks(self, noise: Tensor) -> Tensor:
+        if self.masks_given is not None:
+            return self.masks_given
         if self.config.combine == "deviation":
             assert self.regions is not None
             return self.regions

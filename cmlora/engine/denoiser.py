@@ -289,7 +289,8 @@ class Denoiser:
         follow = step.bases if self.config.cache_follow and {*step.bases} <= {*step.refresh} else ()
         cache = None if full else lane.cache
         lane.cache = None  # let go of before its successor is made
-        captured = None if step.measured else self.spending.captured_steps(run, lane, inputs)
+        given = combine is not None and combine.masks_given is not None  # which no captured step would take over
+        captured = None if step.measured or given else self.spending.captured_steps(run, lane, inputs)
         work = Work(everyone, deep, follow, combine, step.who)
         if captured is not None:
             if not captured.holds(lane.conditions, inputs):
@@ -305,7 +306,10 @@ class Denoiser:
         noise, lane.cache = work.run(self.batched, inputs, cache, conditions, index, at_once, lane.weights, placing)
         if step.measured:
             assert lane.routing is not None
-            lane.routing.measure(self.batched.as_image(noise), lane.own, lane.halves)
+            if lane.conditional is False:
+                lane.routing.masks = _of_conditional(run).routing.masks  # for the next step, as the other half has them
+            else:
+                lane.routing.measure(self.batched.as_image(noise), lane.own, lane.halves)
             return noise[: lane.own]
         return noise
 
@@ -313,10 +317,10 @@ class Denoiser:
         """How the step's predictions become one; None: there is but one, or the first is it."""
         config, sample = self.config, inputs.sample
         routed, local = config.method == "routed", config.combine == "local" and len(step.slots) > 1
-        if len(run.lanes) > 1 and (local or (routed and config.regions is None)):
+        if len(run.lanes) > 1 and (local or (routed and config.regions is None)) and lane.conditional is None:
             raise RunError(
                 "masks come from the conditional half of the guidance, and of halves that are called one by one it is "
-                "not known which that is; pass both in one batch, or give `regions`"
+                "not known which that is; pass both in one batch, or give `regions`, or use combine='deviation'"
             )
         if routed:
             if lane.routing is None:
@@ -333,6 +337,8 @@ class Denoiser:
         if lane.combiner is None:
             height, width = self.batched.latents(inputs).shape[-2:]
             lane.combiner = Combiner(config, step, lane.own, lane.halves, self.names, (height, width), sample.device)
+        if local and lane.conditional is False:
+            lane.combiner.masks_given = _of_conditional(run).combiner.masks
         return lane.combiner
 
     def _choose(self, lane: Lane, step: Step, inputs: Inputs, index: int) -> Tensor | None:
@@ -363,3 +369,11 @@ class Denoiser:
             latents = self.batched.latents(inputs)
             gate = high_frequency_share(latents, config.online_cutoff, backend=config.backend)  # for the summary
         return gate
+
+
+def _of_conditional(run: Run) -> Any:
+    """The lane of the conditional half, which has run this step; masks of the other halves are its own."""
+    for lane in run.lanes:
+        if lane.conditional and lane.position == run.position:
+            return lane
+    raise RunError("masks come from the conditional half of the guidance, which must be called before the other halves")

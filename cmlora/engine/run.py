@@ -27,7 +27,8 @@ class Lane:
     Attributes:
         own: rows of the pipeline's own batch, halves x images.
         halves: of guidance that they are certain to be made of.
-        shape: of the sample. apart: whether a prediction's rows must run together and nothing else with them.
+        shape: of the sample. conditional: as `Place.conditional`.
+        apart: whether a prediction's rows must run together and nothing else with them.
         sample: of the last call, held so that the next half can be told from another step.
         position: of the last call in the schedule.
         cache: [rows, ...] cached features; conditions: what is computed once; held: the inputs that it is made of.
@@ -43,6 +44,7 @@ class Lane:
     shape: torch.Size
     sample: Tensor
     apart: bool = False
+    conditional: bool | None = None
     position: int = -1
     cache: Tensor | None = None
     conditions: Conditions | None = None
@@ -198,6 +200,7 @@ class Run:
             raise _changed(self.lanes[0].shape, inputs.sample.shape)
         self._must_be_a_half(inputs)
         lane = Lane(inputs.sample.shape[0], place.halves, inputs.sample.shape, inputs.sample, bool(self.foreign))
+        lane.conditional = place.conditional
         if self.lanes and self.lanes[0].own == lane.own:  # what was decided holds for all halves
             lane.dominant, lane.weights = self.lanes[0].dominant, self.lanes[0].weights
         self.lanes.append(lane)

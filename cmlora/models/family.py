@@ -51,12 +51,14 @@ class Place:
         halves: guidance halves, one behind the other, that this call's rows are certain to be made of, and that have
             the same latents; the last one is the conditional half. 1 where nothing is certain.
         whole: whether all halves of the step are certain to be in this call.
+        conditional: of a half that is called for itself, whether it is the conditional one; None: that is not known.
     """
 
     schedule: Tensor
     index: int
     halves: int = 1
     whole: bool = False
+    conditional: bool | None = None
 
 
 class Conditions:

@@ -157,8 +157,16 @@ def test_inpainting_unet_with_nine_channels():
     assert all(0 < step.gate[0] < 1 for step in steps[1:])
 
 
-@pytest.mark.parametrize("interval", [1, 2])
-def test_modular_sdxl_whose_guider_calls_the_unet_once_per_half(interval):
+APART = (
+    {"method": "composite", "combine": "mean", "cache_interval": 1},
+    {"method": "composite", "combine": "mean", "cache_interval": 2},
+    {"method": "cmlora", "combine": "local", "cache_interval": 2},
+    {"method": "routed", "cache_interval": 2},
+)
+
+
+@pytest.mark.parametrize("settings", APART, ids=lambda s: "-".join(map(str, s.values())))
+def test_modular_sdxl_whose_guider_calls_the_unet_once_per_half(settings):
     """The modular pipeline's own denoising loop; each half with a cache of its own, as a loop over the adapters has."""
     unet = sdxl_unet()
     for seed, name in enumerate(NAMES):
@@ -182,9 +190,9 @@ def test_modular_sdxl_whose_guider_calls_the_unet_once_per_half(interval):
         return pipe(state=state, output="latents")
 
     unet.set_adapters(list(NAMES), list(WEIGHTS))
-    cmlora.accelerate(whole, method="composite", combine="mean", cache_interval=interval)
+    cmlora.accelerate(whole, **settings)
     want = call(whole, 4, guidance=5.0, given=given)
     cmlora.restore(whole)
-    cmlora.accelerate(pipe, method="composite", combine="mean", cache_interval=interval)
+    cmlora.accelerate(pipe, **settings)
     assert relative(run(pipe), want) < EXACT
     assert len(cmlora.summary(pipe).steps) == 4

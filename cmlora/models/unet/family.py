@@ -84,9 +84,11 @@ class UNetFamily(Family):
     def place(self, pipe: Any, scheduler: Any, call: Call) -> Place:
         """By where the timestep lies in memory: pipelines pass the elements of `scheduler.timesteps` on."""
         timestep, schedule = call.inputs.timestep, getattr(scheduler, "timesteps", None)
-        index = _index_in(schedule, timestep)
+        index, guider = _index_in(schedule, timestep), getattr(pipe, "guider", None)
+        if getattr(guider, "_timestep", None) is not timestep:
+            guider = None  # what it was told is not of this call
         if index is None:
-            index = _guiders_step(getattr(pipe, "guider", None), schedule, timestep)
+            index = _guiders_step(guider, schedule)
         if index is None:
             raise RunError(
                 "timestep must be an element of pipe.scheduler.timesteps (`for t in scheduler.timesteps`), so that "
@@ -96,7 +98,7 @@ class UNetFamily(Family):
             )
         caller = calling_pipeline(self.pipelines)
         if caller is None:
-            return Place(scheduler.timesteps, index)
+            return Place(scheduler.timesteps, index, conditional=None if guider is None else guider.is_conditional)
         return Place(scheduler.timesteps, index, halves=2 if caller.do_classifier_free_guidance else 1, whole=True)
 
     def steps(self, pipe: Any, schedule: Tensor, first: int) -> int:
@@ -121,10 +123,9 @@ def _index_in(schedule: Any, timestep: Any) -> int | None:
     return int(timestep.storage_offset() - schedule.storage_offset())
 
 
-def _guiders_step(guider: Any, schedule: Any, timestep: Any) -> int | None:
+def _guiders_step(guider: Any, schedule: Any) -> int | None:
     """The step that a modular pipeline told its guider of just before this call; None: none, or of a part of it."""
-    told, count = getattr(guider, "_timestep", None), getattr(guider, "_num_inference_steps", None)
-    if told is None or told is not timestep or not isinstance(schedule, Tensor) or count != schedule.shape[0]:
+    if guider is None or not isinstance(schedule, Tensor) or guider._num_inference_steps != schedule.shape[0]:
         return None
     return int(guider._step)
 
