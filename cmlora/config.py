@@ -42,8 +42,8 @@ class CMLoRAConfig:
         cache_branch: (layer, block) of the skip connection where the deep part begins, as in DeepCache; None: the
             input of the last up block.
         max_cache_age: no cached feature is older than so many steps; None: no bound.
-        cache_follow: with combine="deviation" the base model is refreshed more often than an adapter; in between, the
-            adapter's cached feature moves as the base model's does: h_i + h_base(now) - h_base(then). False: it stays.
+        cache_follow: with "deviation" and "local" the base model is refreshed more often than an adapter; in between,
+            the adapter's cached feature moves as the base model's does: h_i + h_base(now) - h_base(then). False: it stays.
         switch_step: steps between two adapters of `switch`. switch_stages: it rotates over the high adapters in the
             early stage and over the low ones in the late stage (`offline_boundary`); False: over all of them.
         combine: "mean": mean_i w_i eps_i. "deviation": eps_base + sum_i w_i (eps_i - eps_base) with weights of mean
@@ -97,7 +97,7 @@ class CMLoRAConfig:
     cache_follow: bool = True
     switch_step: int = 5
     switch_stages: bool = False
-    combine: Combine = "deviation"
+    combine: Combine = "local"
     mask_steps: int = 2
     mask_temperature: float | None = None
     mask_blur: int = 3

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmlora.batch.inputs import Inputs, map_tensors
+from cmlora.batch.placing import Placing
 from cmlora.batch.rows import Rows
 from cmlora.compose.plan import Step
 from cmlora.engine.budget import Strategy
@@ -106,14 +107,14 @@ class RunShape:
     Attributes:
         inputs: of a step, on the meta device.
         steps: of the run.
-        predictions: the slots of the steps' predictions; each set once.
+        predictions: the slots of the steps' predictions, and what of a slot's adapters they have; each set once.
         halves: of guidance that start alike.
         device: where it runs.
     """
 
     inputs: Inputs
     steps: int
-    predictions: tuple[tuple[int, ...], ...]
+    predictions: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     halves: int
     device: torch.device
 
@@ -121,7 +122,7 @@ class RunShape:
     def of(cls, inputs: Inputs, plan: Sequence[Step], halves: int) -> RunShape:
         """The shape of a run whose first step has these inputs."""
         like = inputs.map(lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
-        predictions = tuple(dict.fromkeys(step.slots for step in plan))
+        predictions = tuple(dict.fromkeys((step.slots, step.who) for step in plan))
         return cls(like, len(plan), predictions, halves, inputs.sample.device)
 
     @property
@@ -149,10 +150,17 @@ def peak_of_run(batched: Batched[Any, Any], shape: RunShape, strategy: Strategy)
         inputs = shape.inputs.map(torch.empty_like)  # fake from here on
         timesteps = torch.empty(shape.steps, device=shape.device)
         conditions, cache = None, None
-        for slots in (*shape.predictions, shape.predictions[0]):
+        height, width = traced.latents(inputs).shape[-2:]
+        for slots, who in (*shape.predictions, shape.predictions[0]):
             cache = None  # let go of before its successor is made
             rows = torch.empty(len(slots) * own, dtype=torch.int64, device=shape.device)
             everyone = Rows(rows, len(slots), shape.halves, own // shape.halves, None, slots)
             conditions = traced.prepare(inputs, everyone, conditions, timesteps)
-            _, cache = traced.run(inputs, everyone, everyone, cache, conditions, 0, strategy.at_once)
+            placing = None
+            if who:  # as many adapters as are alone in some step
+                count = max(1, *(1 + only for _, others in shape.predictions for only in others))
+                masks = torch.empty(count, own // shape.halves, height, width, device=shape.device)
+                placing = Placing(who, masks, count, shape.device)
+            with traced.running.placed(placing):
+                _, cache = traced.run(inputs, everyone, everyone, cache, conditions, 0, strategy.at_once)
     return live.peak

@@ -34,7 +34,8 @@ def foreign(model: nn.Module) -> list[str]:
         kind, state = type(module), module.__dict__
         if kind not in kinds:
             kinds[kind] = _of_class(kind)
-        what = _of_hooks(state) if state["_forward_pre_hooks"] or state["_forward_hooks"] else []
+        hooked = module is not model and (state["_forward_pre_hooks"] or state["_forward_hooks"])
+        what = _of_hooks(state) if hooked else []  # hooks of the model itself see the pipeline's own batch
         if kinds[kind] is not None and module is not model:
             what.append(str(kinds[kind]))
         if "forward" in state and module is not model and not classes_own(module):

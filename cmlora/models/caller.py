@@ -31,14 +31,26 @@ _HANDING_ON = tuple(
 that move a whole model to its device, ourselves."""
 
 
-def calling_pipeline(names: Sequence[str]) -> Any:
-    """The pipeline whose __call__, as diffusers wrote it, is calling; None: somebody else is.
+def calling_pipeline(names: Sequence[str]) -> tuple[Any, bool]:
+    """The pipeline whose __call__, as diffusers wrote it, is calling, and whether it does so by itself.
+
+    None: no pipeline is. Not by itself: code of somebody else's stands between, which may have changed what is passed.
 
     Args:
         names: of classes in diffusers whose __call__ is known.
     """
-    frame = _caller()
-    if frame is None or frame.f_code.co_name != "__call__":
+    frame = direct = _caller()
+    while frame is not None:
+        pipe = _pipeline_of(frame, names)
+        if pipe is not None:
+            return pipe, frame is direct
+        frame = frame.f_back
+    return None, False
+
+
+def _pipeline_of(frame: FrameType, names: Sequence[str]) -> Any:
+    """The pipeline whose __call__ a frame is; None: it is something else."""
+    if frame.f_code.co_name != "__call__":
         return None
     pipe = frame.f_locals.get("self")
     for kind in type(pipe).__mro__:

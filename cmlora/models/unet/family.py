@@ -96,10 +96,13 @@ class UNetFamily(Family):
                 "scheduler of the pipeline that was accelerated and pass its elements on. Two threads that draw with "
                 "one pipeline take each other's schedule away: let one wait for the other"
             )
-        caller = calling_pipeline(self.pipelines)
-        if caller is None:
+        pipeline, by_itself = calling_pipeline(self.pipelines)
+        if pipeline is None:
             return Place(scheduler.timesteps, index, conditional=None if guider is None else guider.is_conditional)
-        return Place(scheduler.timesteps, index, halves=2 if caller.do_classifier_free_guidance else 1, whole=True)
+        guided = pipeline.do_classifier_free_guidance and call.inputs.sample.shape[0] % 2 == 0
+        if guided and not by_itself:  # a wrapper of somebody else's: what it passes on is looked at
+            guided = torch.equal(*call.inputs.sample.chunk(2))
+        return Place(scheduler.timesteps, index, halves=2 if guided else 1, whole=True)
 
     def steps(self, pipe: Any, schedule: Tensor, first: int) -> int:
         count = schedule.shape[0] - first
