@@ -43,7 +43,8 @@ class CMLoRAConfig:
             input of the last up block.
         max_cache_age: no cached feature is older than so many steps; None: no bound.
         cache_follow: with "deviation" and "local" the base model is refreshed more often than an adapter; in between,
-            the adapter's cached feature moves as the base model's does: h_i + h_base(now) - h_base(then). False: it stays.
+            the adapter's cached feature moves as the base model's does: h_i + h_base(now) - h_base(then). False: it
+            stays.
         switch_step: steps between two adapters of `switch`. switch_stages: it rotates over the high adapters in the
             early stage and over the low ones in the late stage (`offline_boundary`); False: over all of them.
         combine: "mean": mean_i w_i eps_i. "deviation": eps_base + sum_i w_i (eps_i - eps_base) with weights of mean

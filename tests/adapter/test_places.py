@@ -322,7 +322,7 @@ def test_text_goes_through_the_adapters_own_part_of_the_text_encoder():
     with PlacesLoop(pipe.unet, names, "deviation", prompts={"tophat": (own, None)}):
         want = run(pipe)
     pipe.set_adapters([*names])
-    how = {"method": "composite", "cache_interval": 1}
+    how = {"method": "composite", "combine": "deviation", "cache_interval": 1}
     with cmlora.accelerated(pipe, prompts={"tophat": "wearing a tophat"}, **how):
         assert relative(run(pipe), want) < EXACT
     assert set(pipe.text_encoder.active_adapters()) == set(names)

@@ -61,19 +61,21 @@ class ToyInputs(Inputs):
 class ToyPart:
     """Head: the first block; deep: what the others add; tail: the sum, and the output layer."""
 
-    def __init__(self, model, inputs, rows):
-        self.model, self.rows = model, rows
+    def __init__(self, batched, inputs, rows):
+        self.model, self.running, self.rows = batched.module, batched.running, rows
         self.given = [whole(Shared(t, False, True), rows) for t in (inputs.sample, inputs.prompt)]
         self.time = inputs.timestep
 
     def head(self):
-        x = Shared(self.model.block(0, *self.given, self.time), True, True)
+        with self.running.at((4, 4)):
+            x = Shared(self.model.block(0, *self.given, self.time), True, True)
         return x, [x]
 
     def deep(self, hidden, kept):
         x = start = whole(hidden, self.rows)
-        for i in (1, 2):
-            x = self.model.block(i, x, self.given[1], self.time)
+        with self.running.at((4, 4)):
+            for i in (1, 2):
+                x = self.model.block(i, x, self.given[1], self.time)
         return x - start
 
     def tail(self, feature, kept):
@@ -85,10 +87,16 @@ class ToyBatched(Batched):
         return Conditions(inputs)
 
     def part(self, inputs, conditions, rows, everyone, step):
-        return ToyPart(self.module, inputs, rows)
+        return ToyPart(self, inputs, rows)
 
     def latents(self, inputs):
-        return inputs.sample.transpose(1, 2).unflatten(2, (4, 4))
+        return self.as_image(inputs.sample)
+
+    def as_image(self, noise):
+        return noise.transpose(1, 2).unflatten(2, (4, 4))
+
+    def as_noise(self, image):
+        return image.flatten(2).transpose(1, 2)
 
 
 class ToyFamily(Family):
@@ -181,11 +189,25 @@ class Peer:
         seen = [self.one(n, tokens, time, prompt, refresh) for n in self.names]
         if self.rule == "mean":
             return sum(seen) / 3
+        if self.rule == "local":
+            base = self.one(None, tokens, time, prompt, refresh)
+            strength = torch.stack([(e - base).norm(dim=2) for e in seen])  # [adapters, rows, tokens]
+            sizes = blur(strength) / blur(strength).mean((0, 2), keepdim=True)
+            masks = torch.softmax(sizes / 0.25, 0)
+            masks = masks / masks.amax(0)
+            return base + sum(m[..., None] * (e - base) for m, e in zip(masks, seen, strict=True))
         base = self.one(None, tokens, time, prompt, refresh)
         return base + sum(e - base for e in seen)
 
 
+def blur(strength):
+    image = strength.unflatten(2, (4, 4))
+    padded = nn.functional.pad(image, (1, 1, 1, 1), mode="replicate")
+    return nn.functional.avg_pool2d(padded, 3, stride=1).flatten(2)
+
+
 RULES = {
+    "local": {"method": "composite", "combine": "local"},
     "mean": {"method": "composite", "combine": "mean"},
     "deviation": {"method": "composite", "combine": "deviation", "cache_follow": False},
     "cmlora": {"combine": "mean", "partition": "offline", "offline_boundary": 1.0, "dominant_decay": 0.0},
@@ -197,6 +219,11 @@ RULES = {
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("rule", RULES)
 def test_methods_on_a_family_of_one_s_own_equal_a_loop(toy, rule, interval, apart):
+    if rule == "local" and apart:
+        cmlora.accelerate(toy, **RULES[rule])
+        with pytest.raises(cmlora.RunError, match="masks come from the conditional half"):
+            run(toy, apart)
+        return
     peer = Peer(toy, interval, rule)
     toy.toy.forward = peer
     want = run(toy, apart)
@@ -229,6 +256,20 @@ def test_limits_and_the_gate_serve_any_family(toy, limits):
     cmlora.accelerate(toy, cache_interval=2, **{"partition": "offline", **free})
     assert relative(got, run(toy, apart=False)) < EXACT
     assert cmlora.summary(toy).peak_bytes > 0
+
+
+def test_routed_on_a_family_of_one_s_own_equals_all_adapters_times_their_masks(toy):
+    cmlora.accelerate(toy, method="routed", cache_interval=1)
+    first = run(toy, apart=False)
+    masks = cmlora.summary(toy).masks
+    assert {m.shape for m in masks.values()} == {(4, 4, 4)}  # of every row: no half is known here
+    cmlora.accelerate(toy, method="routed", cache_interval=1, regions={n: m[:1] for n, m in masks.items()})
+    assert not torch.equal(first, run(toy, apart=False))
+    toy.toy.set_adapters(["style"])
+    cmlora.accelerate(toy, method="routed", cache_interval=1)
+    one = run(toy, apart=False)
+    cmlora.restore(toy)
+    assert relative(one, run(toy, apart=False)) < EXACT, "a single adapter is the strongest everywhere"
 
 
 def test_a_pipeline_without_a_known_module_names_the_families():

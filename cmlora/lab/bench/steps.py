@@ -134,6 +134,8 @@ class MetaPipe:
             with (
                 Trace() if i >= first else contextlib.nullcontext() as trace,
                 mock.patch.object(unet, "set_adapters", wraps=unet.set_adapters) as set_adapters,
+                # this loop stands for the pipeline's own, whose guidance halves are known
+                mock.patch("cmlora.models.unet.family.calling_pipeline", return_value=(pipe, True)),
             ):
                 # what StableDiffusionPipeline's loop does; the scheduler's tables are read on the host
                 doubled = pipe.scheduler.scale_model_input(torch.cat([latents] * 2), t)
