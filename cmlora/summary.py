@@ -155,7 +155,7 @@ def _refreshed(record: Record, labels: Sequence[str], names: Sequence[str]) -> l
     told = [_label(step, p, labels, names) for p in predictions for _ in range(record.own)]
     if step.refresh_dominant and not record.refreshed_all:
         told += [names[slot] for slot in _per_row(record.dominant, record.own)]
-    return told
+    return told if record.probe is None else told + _refreshed(record.probe, labels, names)
 
 
 def _label(step: Step, prediction: int, labels: Sequence[str], names: Sequence[str]) -> str:
@@ -171,9 +171,10 @@ def _step(record: Record, names: Sequence[str]) -> StepSummary:
     predictions = len(step.slots) if record.refreshed_all else step.full_predictions
     dominant = tuple(names[slot] for slot in _per_row(record.dominant, rows)) if step.early is not None else ()
     gate = () if record.gate is None else tuple(float(m) for m in record.gate.tolist())
+    probe = None if record.probe is None else _step(record.probe, names)
     return StepSummary(
-        rows_full=predictions * rows,
-        rows_shallow=(len(step.slots) - predictions) * rows,
+        rows_full=predictions * rows + (probe.rows_full if probe else 0),
+        rows_shallow=(len(step.slots) - predictions) * rows + (probe.rows_shallow if probe else 0),
         dominant=_images(dominant, record.halves),
         weight=step.dominant_coefficient / step.other_coefficient,
         gate=_images(gate, record.halves),

@@ -46,6 +46,11 @@ class Inputs:
         """The same with every tensor changed."""
         return type(self)(**{f.name: map_tensors(getattr(self, f.name), change) for f in fields(self)})
 
+    def last(self: Self, rows: int) -> Self:
+        """The same of the last `rows` of the pipeline's own rows; tensors that have no rows stay."""
+        own = self.sample.shape[0]
+        return self.map(lambda x: x[own - rows :] if x.ndim and x.shape[0] == own else x)
+
     def settings(self) -> object:
         """What stays the same over a run beside tensors; compared by value."""
         return None

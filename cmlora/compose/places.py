@@ -102,10 +102,10 @@ class Routing:
         return self._placing
 
     def measure(self, noise: Tensor, own: int, halves: int) -> None:
-        """Masks for the next step, from noise [predictions * own, ...]: all adapters, each alone, the base model."""
+        """Masks for the next step, from noise [predictions * own, ...]: each adapter alone, then the base model."""
         images, n = own // halves, self.adapters
-        alone = torch.arange(1, n + 1, device=noise.device)
-        base = torch.full_like(alone, n + 1)
+        alone = torch.arange(n, device=noise.device)
+        base = torch.full_like(alone, n)
         backend = self.config.backend
         before, first = self.strength, own - images
         self.strength = place_strength(noise, alone, base, first, images, before, self.KEEP, backend=backend)

@@ -33,7 +33,7 @@ class Step:
         adapters: number of predictions that are an adapter's; the base models' follow them.
         bases: for each adapter's prediction the one of the base model that it is compared with; () without any.
         who: what of the adapters of its slot a prediction has, where they have masks: as in `batch.placing`.
-        measured: whether the masks are made anew from this step's predictions.
+        probe: predictions that are no part of the noise, from which this step's masks are made anew; None: they stay.
     """
 
     slots: tuple[int, ...]
@@ -48,7 +48,7 @@ class Step:
     adapters: int = 1
     bases: tuple[int, ...] = ()
     who: tuple[int, ...] = ()
-    measured: bool = False
+    probe: Step | None = None
 
     @property
     def gated(self) -> bool:
@@ -204,17 +204,18 @@ def _is_early(config: CMLoRAConfig, step: int, steps: int) -> bool:
 
 
 def _routed(config: CMLoRAConfig, names: Sequence[str], steps: int) -> list[Step]:
-    """One prediction of all adapters; in the first steps every adapter alone and the base model beside it."""
+    """One prediction of all adapters; beside it, in the first steps, every adapter alone and the base model."""
     refreshes, n, base = refresh_steps(config, steps), len(names), base_slot(config, names)
-    alone = (0, *(0 for _ in names), base)
-    planned = []
-    for i in range(steps):
-        measured = i < config.mask_steps and config.regions is None
-        slots, who = (alone, (ALL, *range(n), NONE)) if measured else ((0,), (ALL,))
-        refresh = tuple(range(len(slots))) if i in refreshes else ()
-        step = Step(slots, refresh, False, None, None, False, 1.0, 1.0, adapters=len(slots) - measured)
-        planned.append(replace(step, who=who, measured=measured))
-    return planned
+    probes = 0 if config.regions is not None else min(config.mask_steps, steps)
+
+    def predict(slots: tuple[int, ...], who: tuple[int, ...], count: int) -> list[Step]:
+        everyone = tuple(range(len(slots)))
+        plain = Step(slots, (), False, None, None, False, 1.0, 1.0, adapters=len(slots), who=who)
+        return [replace(plain, refresh=everyone if i in refreshes else ()) for i in range(count)]
+
+    planned = predict((0,), (ALL,), steps)
+    alone = _bound_age(predict((*(0 for _ in names), base), (*range(n), NONE), probes), config.max_cache_age)
+    return [*(replace(step, probe=probe) for step, probe in zip(planned, alone, strict=False)), *planned[probes:]]
 
 
 def _many(config: CMLoRAConfig, names: Sequence[str], steps: int) -> list[Step]:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from cmlora.batch.inputs import Inputs
-from cmlora.batch.rows import Rows
 from cmlora.batch.running import Running
 from cmlora.compose.places import Combiner, Routing, read_regions, region_masks
 from cmlora.compose.plan import Step, make_plan, make_recipes, order_adapters
@@ -229,7 +228,7 @@ class Denoiser:
             lane.forget()
             if self.names != names:
                 lane.cache, lane.weights, lane.dominant, lane.record = None, None, None, []
-                lane.combiner = lane.routing = lane.footprint = None
+                lane.combiner = lane.routing = lane.footprint = lane.probe = None
                 lane.rows.clear()
         if self.names != names:
             run.plan = make_plan(self.config, self.names, len(run.plan))
@@ -246,20 +245,15 @@ class Denoiser:
     def _step(self, run: Run, lane: Lane, inputs: Inputs) -> Tensor:
         index = run.position - run.first
         step = self._plan(run, index)
-        device = inputs.sample.device
         if lane.footprint is None:
             self._begin(run, lane, inputs)
         gate = self._choose(lane, step, inputs, index)
         lane.carry_cache(step)
-        everyone = lane.rows_of(step, tuple(range(len(step.slots))), device)
-        full = step.full or lane.cache is None
-        deep = everyone if full else lane.deep_rows(step, device)
-        noise = self._predict(run, lane, inputs, index, everyone, deep, full)
-        assert lane.cache is not None
-        assert lane.conditions is not None
-        held = lane.dominant if step.gated else step.early
-        size = lane.cache.nbytes + lane.conditions.bytes
-        lane.record.append(Record(index, step, lane.own, lane.halves, full, held, gate, size))
+        noise, full = self._predict(run, lane, step, inputs, index)
+        probe = None if step.probe is None else self._probe(run, lane, step.probe, inputs, index)
+        lane.record.append(_record(lane, step, index, full, gate, probe))
+        if step.probe is None:
+            lane.probe = None  # its cache is needed no more
         return noise
 
     def _begin(self, run: Run, lane: Lane, inputs: Inputs) -> None:
@@ -278,11 +272,11 @@ class Denoiser:
             if step.refresh:
                 lane.rows_of(step, step.refresh, device)
 
-    def _predict(
-        self, run: Run, lane: Lane, inputs: Inputs, index: int, everyone: Rows, deep: Rows | None, full: bool
-    ) -> Tensor:
-        """All predictions of a step, combined: [own, ...]; refreshes the lane's cache."""
-        step = run.plan[index]
+    def _predict(self, run: Run, lane: Lane, step: Step, inputs: Inputs, index: int) -> tuple[Tensor, bool]:
+        """All predictions of a step, combined: [own, ...], and whether all ran the deep part; refreshes the cache."""
+        everyone = lane.rows_of(step, tuple(range(len(step.slots))), inputs.sample.device)
+        full = step.full or lane.cache is None
+        deep = everyone if full else lane.deep_rows(step, inputs.sample.device)
         combine = self._combination(run, lane, step, inputs)
         masks = None if lane.routing is None else lane.routing.masks
         # the base models are the last predictions, and where an adapter is compared with one its feature follows it
@@ -290,28 +284,32 @@ class Denoiser:
         cache = None if full else lane.cache
         lane.cache = None  # let go of before its successor is made
         given = combine is not None and combine.masks_given is not None  # which no captured step would take over
-        captured = None if step.measured or given else self.spending.captured_steps(run, lane, inputs)
+        captured = None if step.probe is not None or given else self.spending.captured_steps(run, lane, inputs)
         work = Work(everyone, deep, follow, combine, step.who)
         if captured is not None:
             if not captured.holds(lane.conditions, inputs):
                 lane.conditions = captured.begin(inputs, everyone, run.timesteps)
                 lane.held = captured.held
             noise, lane.cache = captured.step(inputs, index, work, cache, lane.weights, masks)
-            return noise
+            return noise, full
         conditions = self.batched.prepare(inputs, everyone, lane.conditions, run.timesteps)
         lane.conditions, lane.held = conditions, conditions.held
         assert run.strategy is not None
         placing = None if lane.routing is None else lane.routing.placing(step.who, inputs.sample.device)
         at_once = run.strategy.at_once
         noise, lane.cache = work.run(self.batched, inputs, cache, conditions, index, at_once, lane.weights, placing)
-        if step.measured:
-            assert lane.routing is not None
-            if lane.conditional is False:
-                lane.routing.masks = _of_conditional(run).routing.masks  # for the next step, as the other half has them
-            else:
-                lane.routing.measure(self.batched.as_image(noise), lane.own, lane.halves)
-            return noise[: lane.own]
-        return noise
+        return noise, full
+
+    def _probe(self, run: Run, lane: Lane, step: Step, inputs: Inputs, index: int) -> Record | None:
+        """Masks for the next step, from predictions beside those that make the noise."""
+        assert lane.routing is not None
+        if lane.conditional is False:
+            lane.routing.masks = _of_conditional(run).routing.masks  # as the other half has them
+            return None
+        probe, inputs = lane.probing(inputs)
+        noise, full = self._predict(run, probe, step, inputs, index)
+        lane.routing.measure(self.batched.as_image(noise), probe.own, probe.halves)
+        return _record(probe, step, index, full, None)
 
     def _combination(self, run: Run, lane: Lane, step: Step, inputs: Inputs) -> Combiner | None:
         """How the step's predictions become one; None: there is but one, or the first is it."""
@@ -369,6 +367,16 @@ class Denoiser:
             latents = self.batched.latents(inputs)
             gate = high_frequency_share(latents, config.online_cutoff, backend=config.backend)  # for the summary
         return gate
+
+
+def _record(lane: Lane, step: Step, index: int, full: bool, gate: Tensor | None, probe: Record | None = None) -> Record:
+    assert lane.cache is not None
+    assert lane.conditions is not None
+    size = lane.cache.nbytes + lane.conditions.bytes
+    if probe is not None:
+        size += probe.cache_bytes
+    dominant = lane.dominant if step.gated else step.early
+    return Record(index, step, lane.own, lane.halves, full, dominant, gate, size, probe)
 
 
 def _of_conditional(run: Run) -> Any:

@@ -20,7 +20,7 @@ from cmlora.compose.plan import Step
 from cmlora.engine.budget import Strategy
 from cmlora.lora.layers import unseen
 from cmlora.lora.stacked import stack_projections
-from cmlora.models.family import Batched
+from cmlora.models.family import Batched, Conditions
 
 LARGEST_BLOCK = 2**25 - 2**16
 """Bytes; just under the 32 MiB from which on the C library (glibc) gives freed blocks back to the system at once."""
@@ -107,14 +107,15 @@ class RunShape:
     Attributes:
         inputs: of a step, on the meta device.
         steps: of the run.
-        predictions: the slots of the steps' predictions, and what of a slot's adapters they have; each set once.
+        predictions: the slots of the steps' predictions, what of a slot's adapters they have, and whether they are
+            probes; each set once.
         halves: of guidance that start alike.
         device: where it runs.
     """
 
     inputs: Inputs
     steps: int
-    predictions: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    predictions: tuple[tuple[tuple[int, ...], tuple[int, ...], bool], ...]
     halves: int
     device: torch.device
 
@@ -122,7 +123,8 @@ class RunShape:
     def of(cls, inputs: Inputs, plan: Sequence[Step], halves: int) -> RunShape:
         """The shape of a run whose first step has these inputs."""
         like = inputs.map(lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
-        predictions = tuple(dict.fromkeys((step.slots, step.who) for step in plan))
+        kinds = [(step, False) for step in plan] + [(step.probe, True) for step in plan if step.probe is not None]
+        predictions = tuple(dict.fromkeys((step.slots, step.who, probe) for step, probe in kinds))
         return cls(like, len(plan), predictions, halves, inputs.sample.device)
 
     @property
@@ -149,18 +151,22 @@ def peak_of_run(batched: Batched[Any, Any], shape: RunShape, strategy: Strategy)
         traced.stacked = stack_projections(batched.module, batched.running, batched.backend) if strategy.stack else {}
         inputs = shape.inputs.map(torch.empty_like)  # fake from here on
         timesteps = torch.empty(shape.steps, device=shape.device)
-        conditions, cache = None, None
+        conditions: dict[bool, Conditions] = {}
+        caches: dict[bool, Tensor] = {}
         height, width = traced.latents(inputs).shape[-2:]
-        for slots, who in (*shape.predictions, shape.predictions[0]):
-            cache = None  # let go of before its successor is made
-            rows = torch.empty(len(slots) * own, dtype=torch.int64, device=shape.device)
-            everyone = Rows(rows, len(slots), shape.halves, own // shape.halves, None, slots)
-            conditions = traced.prepare(inputs, everyone, conditions, timesteps)
+        images = own // shape.halves
+        for slots, who, probe in (*shape.predictions, shape.predictions[0]):
+            caches.pop(probe, None)  # let go of before its successor is made
+            halves = 1 if probe else shape.halves
+            given = inputs.last(images * halves)
+            rows = torch.empty(len(slots) * images * halves, dtype=torch.int64, device=shape.device)
+            everyone = Rows(rows, len(slots), halves, images, None, slots)
+            conditions[probe] = traced.prepare(given, everyone, conditions.get(probe), timesteps)
             placing = None
             if who:  # as many adapters as are alone in some step
-                count = max(1, *(1 + only for _, others in shape.predictions for only in others))
-                masks = torch.empty(count, own // shape.halves, height, width, device=shape.device)
+                count = max(1, *(1 + only for _, others, _ in shape.predictions for only in others))
+                masks = torch.empty(count, images, height, width, device=shape.device)
                 placing = Placing(who, masks, count, shape.device)
             with traced.running.placed(placing):
-                _, cache = traced.run(inputs, everyone, everyone, cache, conditions, 0, strategy.at_once)
+                _, caches[probe] = traced.run(given, everyone, everyone, None, conditions[probe], 0, strategy.at_once)
     return live.peak

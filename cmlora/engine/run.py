@@ -35,6 +35,7 @@ class Lane:
         rows: of the steps so far, by what they are made of.
         dominant: [own], where the device chose it; weights: [predictions, own].
         combiner, routing: how predictions become one; masks. slots: of the last step's predictions, in the cache.
+        probe: the lane of the predictions that masks are made from, once there are any.
         footprint: of its memory. capturable: what its captured steps rest on; () where it has none.
         record: of its steps, for the summary.
     """
@@ -54,6 +55,7 @@ class Lane:
     weights: Tensor | None = None
     combiner: Combiner | None = None
     routing: Routing | None = None
+    probe: Lane | None = None
     slots: tuple[int, ...] = ()
     footprint: RunShape | None = None
     capturable: tuple[object, ...] | None = None
@@ -70,7 +72,7 @@ class Lane:
             self._shrink(sample)
         elif halves != self.halves:
             self.rows.clear()  # somebody else calls now, of whose halves nothing is certain, or no longer
-            self.halves, self.capturable, self.combiner = halves, None, None
+            self.halves, self.capturable, self.combiner, self.probe = halves, None, None, None
 
     def _shrink(self, sample: Tensor) -> None:
         """The conditional half goes on alone."""
@@ -86,10 +88,27 @@ class Lane:
             self.routing.strength = None  # of as many images as before; guidance ends late, masks are made early
         self.rows.clear()
         self.capturable = self.combiner = None
+        if self.probe is not None and self.probe.own != half:
+            self.probe = None
+
+    def probing(self, inputs: Inputs) -> tuple[Lane, Inputs]:
+        """The lane of the probes and their inputs: masks come from the conditional half, so only its rows run.
+
+        Where code of the user's must see all rows, or nothing is certain of them, all run.
+        """
+        rows = self.own // self.halves_alike
+        inputs = inputs if rows == self.own else inputs.last(rows)
+        if self.probe is None:
+            halves = self.halves if rows == self.own else 1
+            self.probe = Lane(rows, halves, inputs.sample.shape, inputs.sample, self.apart, self.conditional)
+            self.probe.routing, self.probe.capturable = self.routing, ()  # so few steps are not worth a capture
+        return self.probe, inputs
 
     def forget(self) -> None:
         """Adapters were changed in mid-run: what was computed with the old ones once and for all is made anew."""
         self.conditions = None
+        if self.probe is not None:
+            self.probe.conditions = None
 
     def rows_of(self, step: Step, predictions: tuple[int, ...], device: torch.device) -> Rows:
         """Rows of some predictions, made once per run and kept."""
@@ -253,6 +272,7 @@ class Record:
     dominant: Tensor | int | None
     gate: Tensor | None
     cache_bytes: int
+    probe: Record | None = None  # of the predictions that its masks were made from
 
 
 def with_bases(weights: Tensor, step: Step) -> Tensor:

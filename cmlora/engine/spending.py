@@ -101,7 +101,7 @@ class Spending:
                 f"max_rows must be at least the {lane.own} rows (guidance halves x images) of the pipeline's own "
                 f"batch, which run together; got {most}"
             )
-        predictions = max(len(step.slots) for step in run.plan)
+        predictions = max(len(kind.slots) for step in run.plan for kind in (step, step.probe or step))
         at_once = 1 if lane.apart else None if most is None else most // lane.own
         options = candidates(predictions, at_once, merge=self.may_merge, transform=self.may_transform)
         if budget is None:

@@ -88,11 +88,8 @@ def sd15():
 
 
 @pytest.mark.parametrize("interval", [1, 2])
-def test_a_routed_image_takes_at_most_half_more_flops_than_a_merged_one(sd15, interval):
-    """25 steps of SD1.5 at 512 px, N = 5: all rows in the two mask steps, then steps that are merge's own.
-
-    The first one behind them makes the prompt's keys and values anew, for one prediction.
-    """
+def test_a_routed_image_takes_at_most_a_quarter_more_flops_than_a_merged_one(sd15, interval):
+    """25 steps of SD1.5 at 512 px, N = 5; two of them have masks to make, from the conditional half."""
 
     def flops(**config):
         first, second, refresh, reuse = (
@@ -105,7 +102,7 @@ def test_a_routed_image_takes_at_most_half_more_flops_than_a_merged_one(sd15, in
     routed, behind = flops(method="routed", mask_steps=2)
     merge, merged = flops(method="merge", merge_weights=False)
     assert behind == pytest.approx(merged, rel=5e-3)
-    assert routed <= 1.5 * merge
+    assert routed <= 1.25 * merge
 
 
 @pytest.mark.parametrize("interval", [1, 2])

@@ -166,11 +166,13 @@ def test_switch_by_stages_without_low_adapters_is_the_plain_one():
 
 def test_routed_runs_every_adapter_alone_in_its_first_steps_only():
     planned = plan(5, method="routed", mask_steps=2, cache_interval=2)
-    assert [len(step.slots) for step in planned] == [5, 5, 1, 1, 1]
-    assert [step.who for step in planned[1:3]] == [(-1, 0, 1, 2, -2), (-1,)]
-    assert [step.refresh for step in planned] == [(0, 1, 2, 3, 4), (), (0,), (), (0,)]
+    assert {(step.slots, step.who) for step in planned} == {((0,), (-1,))}
+    assert [step.refresh for step in planned] == [(0,), (), (0,), (), (0,)]
+    probes = [step.probe for step in planned]
+    assert [probe and (probe.slots, probe.who) for probe in probes] == 2 * [((0, 0, 0, -1), (0, 1, 2, -2))] + 3 * [None]
+    assert [probe.refresh for probe in probes[:2]] == [(0, 1, 2, 3), ()]
     drawn = plan(3, method="routed", regions={"style_1": [[1.0]]})
-    assert [len(step.slots) for step in drawn] == [1, 1, 1]
+    assert [step.probe for step in drawn] == 3 * [None]
 
 
 def test_unknown_names_are_high_and_rows_are_high_then_low():
