@@ -1,14 +1,9 @@
-"""What people did in public bug reports, through the public API: the plain pipeline's picture, that of a loop of plain
-calls, or an error that says what to do. Never silently another picture."""
+"""The model itself, as people had them in public bug reports, through the public API: the plain
+pipeline's picture, that of a loop of plain calls, or an error that says what to do. Never silently another picture."""
 
 from __future__ import annotations
 
-import copy
 import functools
-import io
-import pickle
-import threading
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,66 +12,9 @@ from torch import nn
 
 import cmlora
 from cmlora.lab.bench.tiny import ATTENTION, add_lora, call, embeddings, relative, sd_pipe
-from tests.adapter.loop import NAMES, WEIGHTS, peer, small_unet, with_loras
+from tests.adapter.loop import NAMES, WEIGHTS, small_unet, with_loras
+from tests.adapter.wild import DEVIATION, KINDS, MEAN, MERGE, NEAR, or_refused, ours, right, right_or_refused
 from tests.lora.test_behaviour import own_convolution, quantise
-
-NEAR = 1e-4  # rounding of a run of some steps, ours and theirs being summed in another order
-MERGE = {"method": "merge", "cache_interval": 1}
-MEAN = {"method": "composite", "combine": "mean", "cache_interval": 1}
-DEVIATION = {"method": "composite", "combine": "deviation", "cache_interval": 1}
-KINDS = pytest.mark.parametrize("kind", [MERGE, MEAN], ids=["merge", "mean"])
-
-
-@pytest.fixture
-def sd():
-    return with_loras(sd_pipe(small_unet()))
-
-
-def three_steps(pipe):
-    return call(pipe, 3)
-
-
-def refused(error, *parts):
-    """One of ours, that says what it is about."""
-    return len(str(error.value)) > 30 and any(part in str(error.value) for part in parts)
-
-
-@contextmanager
-def or_refused(*parts):
-    """What runs inside may end in an error of ours that names one of the parts."""
-    with pytest.raises((cmlora.CMLoRAError, DoneError)) as error:
-        yield
-        raise DoneError
-    assert error.type is DoneError or refused(error, *parts), str(error.value)
-
-
-class DoneError(Exception):
-    """Nothing was refused."""
-
-
-def right(pipe, kind, run=three_steps):
-    """`run` on the plain pipeline, or with a loop in the place of its UNet's forward."""
-    pipe.unet.set_adapters(list(NAMES), list(WEIGHTS))
-    if kind is MERGE:
-        return run(pipe)
-    with peer(pipe, 1, deviation=kind is DEVIATION):
-        return run(pipe)
-
-
-def ours(pipe, kind, run=three_steps):
-    pipe.unet.set_adapters(list(NAMES), list(WEIGHTS))
-    with cmlora.accelerated(pipe, **kind):
-        return run(pipe)
-
-
-def right_or_refused(pipe, kind, run=three_steps, match=""):
-    """Ours is right, or an error that names `match`."""
-    want = right(pipe, kind, run)
-    with or_refused(match):
-        assert relative(ours(pipe, kind, run), want) < NEAR
-
-
-# --- torch.inference_mode
 
 
 @KINDS
@@ -194,73 +132,6 @@ def test_base_weights_written_through_data(kind, sd):
     assert relative(got, before) > NEAR
 
 
-@pytest.mark.parametrize("kind", [MERGE, MEAN, DEVIATION], ids=["merge", "mean", "deviation"])
-def test_another_scale_in_every_step(kind, sd):
-    def run(pipe):
-        given, seen = embeddings(pipe), []
-        pipe.scheduler.set_timesteps(4)
-        x = given["latents"]
-        for t, scale in zip(pipe.scheduler.timesteps, (1.0, 0.6, 0.2, 0.0), strict=True):
-            noise = pipe.unet(x, t, given["prompt_embeds"], cross_attention_kwargs={"scale": scale}).sample
-            x = pipe.scheduler.step(noise, t, x).prev_sample
-            seen.append(noise)
-        return torch.stack(seen)
-
-    assert relative(ours(sd, kind, run), right(sd, kind, run)) < NEAR
-
-
-def weaker(pipe, i):
-    pipe.set_adapters(list(NAMES), [WEIGHTS[0] * (1 - 0.25 * (i + 1)), WEIGHTS[1]])
-
-
-def one_less(pipe, i):
-    pipe.set_adapters(["b"] if i == 1 else list(NAMES))
-
-
-def off_and_on(pipe, i):
-    pipe.disable_lora() if i == 0 else pipe.enable_lora()
-
-
-def swapped(pipe, i):
-    for module in pipe.unet.modules():
-        if hasattr(module, "lora_A") and i == 1:
-            module.lora_A["a"].weight.data.mul_(1.5)
-
-
-@pytest.mark.parametrize("switch", [weaker, one_less, off_and_on], ids=lambda switch: switch.__name__)
-@KINDS
-def test_adapters_switched_in_a_step_callback(kind, switch, sd):
-    def run(pipe):
-        def callback(pipe, i, t, tensors):
-            switch(pipe, i)
-            return tensors
-
-        return call(pipe, 4, callback_on_step_end=callback)
-
-    if kind is MERGE:
-        want = right(sd, kind, run)
-        sd.enable_lora()
-        assert relative(ours(sd, kind, run), want) < NEAR
-        return
-    sd.unet.set_adapters(list(NAMES), list(WEIGHTS))
-    unswitched = right(sd, kind, functools.partial(call, steps=4))
-    with or_refused("adapter", "set_adapters"):
-        assert relative(ours(sd, kind, run), unswitched) > NEAR, "the switch was passed by"
-
-
-@KINDS
-def test_weights_of_an_adapter_swapped_between_calls(kind, sd):
-    cmlora.accelerate(sd, **kind)
-    before = call(sd, 3)
-    swapped(sd, 1)
-    got = call(sd, 3)
-    assert relative(got, right(cmlora.restore(sd), kind)) < NEAR
-    assert relative(got, before) > NEAR
-
-
-# --- code of the user's own in the UNet
-
-
 class Together:
     """Self-attention in which every image also sees the first of its guidance half."""
 
@@ -328,51 +199,6 @@ def test_a_hook_on_a_whole_block(kind, block, sd):
     right_or_refused(sd, kind, match=block)
 
 
-# --- copies
-
-
-def pickled(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved], ids=["deepcopy", "pickle", "torch.save"])
-def test_a_copy_of_the_unet_is_a_plain_one(duplicate, sd):
-    cmlora.accelerate(sd, **MERGE)
-    want = call(sd, 2)
-    other = sd_pipe(duplicate(sd.unet))
-    assert relative(call(other, 2), want) < NEAR
-    other.unet.set_adapters(list(NAMES), [0.0, 0.0])
-    assert relative(call(other, 2), want) > NEAR
-    assert relative(call(sd, 2), want) < NEAR
-    cmlora.restore(other)
-    assert len(cmlora.summary(sd).steps) == 2
-    other.unet.set_adapters(list(NAMES), list(WEIGHTS))
-    with cmlora.accelerated(other, **MERGE):
-        assert relative(call(other, 2), want) < NEAR
-        assert len(cmlora.summary(other).steps) == 2
-
-
-def test_a_copy_of_the_pipeline_is_a_plain_one(sd):
-    cmlora.accelerate(sd, **MERGE)
-    want = call(sd, 2)
-    other = copy.deepcopy(sd)
-    other.unet.set_adapters(list(NAMES), [0.0, 0.0])
-    assert relative(call(other, 2), want) > NEAR
-    cmlora.restore(other)
-    assert len(cmlora.summary(sd).steps) == 2
-    assert relative(call(sd, 2), want) < NEAR
-
-
-# --- torch.compile, offload
-
-
 @pytest.fixture
 def _dynamo():
     torch._dynamo.reset()
@@ -417,105 +243,3 @@ def test_group_offload_is_refused(kind, behind, level, sd):
     with pytest.raises(cmlora.CMLoRAError, match="offload"):
         cmlora.accelerate(sd, **kind)
         call(sd, 1)
-
-
-# --- loops of one's own, threads
-
-
-@KINDS
-def test_two_prompts_from_one_noise_behind_a_guided_call(kind, sd):
-    def run(pipe):
-        given = embeddings(pipe, 2)
-        x = given["latents"][:1].repeat(2, 1, 1, 1)
-        pipe.scheduler.set_timesteps(3)
-        for t in pipe.scheduler.timesteps:
-            x = pipe.scheduler.step(pipe.unet(x, t, given["prompt_embeds"]).sample, t, x).prev_sample
-        return x
-
-    want = right(sd, kind, run)
-    cmlora.accelerate(sd, **kind)
-    call(sd, 2)
-    assert relative(run(sd), want) < NEAR
-
-
-def test_prompts_sliced_anew_and_written_to_in_every_step(sd):
-    """New views of the same memory are the same prompt, until it is written to."""
-
-    def run(pipe):
-        given = embeddings(pipe, 2)
-        context, x = given["prompt_embeds"].clone(), given["latents"][:1]
-        pipe.scheduler.set_timesteps(4)
-        for i, t in enumerate(pipe.scheduler.timesteps):
-            if i == 2:
-                context[0] *= 2
-            x = pipe.scheduler.step(pipe.unet(x, t, context[:1]).sample, t, x).prev_sample
-        return x
-
-    for mode in (False, True):
-        with torch.inference_mode(mode):
-            assert relative(ours(sd, MEAN, run), right(sd, MEAN, run)) < NEAR
-
-
-@KINDS
-def test_two_threads_on_one_pipeline(kind, sd):
-    want = right(sd, kind)
-    cmlora.accelerate(sd, **kind)
-    seen: list[object] = []
-
-    def draw():
-        try:
-            with torch.no_grad():
-                seen.append(call(sd, 3))
-        except cmlora.CMLoRAError as error:
-            seen.append(str(error))
-
-    threads = [threading.Thread(target=draw) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(seen) == 2
-    for one in seen:
-        assert "thread" in one if isinstance(one, str) else relative(one, want) < NEAR
-    assert relative(call(sd, 3), want) < NEAR
-
-
-# --- a merge of whatever is there
-
-
-def disabled(pipe):
-    pipe.disable_lora()
-
-
-def deleted(pipe):
-    pipe.delete_adapters(list(NAMES))
-
-
-def fused(pipe):
-    pipe.fuse_lora()
-
-
-def unfused(pipe):
-    pipe.fuse_lora()
-    pipe.unfuse_lora()
-
-
-def unloaded(pipe):
-    pipe.unload_lora_weights()
-
-
-@pytest.mark.parametrize("behind", [False, True], ids=["before accelerate", "behind accelerate"])
-@pytest.mark.parametrize("change", [disabled, deleted, fused, unfused, unloaded], ids=lambda change: change.__name__)
-def test_a_merge_draws_what_the_plain_pipeline_draws(change, behind, sd):
-    if behind:
-        cmlora.accelerate(sd, **MERGE)
-        call(sd, 1)
-    change(sd)
-    if not behind and change in (deleted, unloaded):  # nothing to compose: more likely a file that did not fit
-        with pytest.raises(cmlora.AdapterError, match="carries no LoRA layer"):
-            cmlora.accelerate(sd, **MERGE)
-        return
-    if not behind:
-        cmlora.accelerate(sd, **MERGE)
-    got = call(sd, 2)
-    assert relative(got, call(cmlora.restore(sd), 2)) < NEAR
