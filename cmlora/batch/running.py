@@ -23,6 +23,7 @@ class Running:
         self.owner: object = None  # the bank whose forwards are in force
         self.placing: Placing | None = None  # where the adapters of a slot act; None: everywhere
         self.size: tuple[int, int] | None = None  # height and width that the running tokens are places of
+        self.around = (0, 0)  # tokens before and behind the places where text and image are one sequence
 
     @contextmanager
     def these(self, rows: Rows) -> Iterator[None]:
@@ -43,22 +44,28 @@ class Running:
             self.placing = before
 
     @contextmanager
-    def at(self, size: tuple[int, int] | None) -> Iterator[None]:
-        """Tokens are places of an image of this size, for the length of a with block; None: they are no places."""
-        before, self.size = self.size, size
+    def at(self, size: tuple[int, int] | None, around: tuple[int, int] = (0, 0)) -> Iterator[None]:
+        """Tokens are places of an image of this size, for the length of a with block; None: they are no places.
+
+        A layer on the places alone is told by their number; one on `around` more, before and behind them, has those
+        tokens (text) take all adapters whole.
+        """
+        before, self.size, self.around = (self.size, self.around), size, around
         try:
             yield
         finally:
-            self.size = before
+            self.size, self.around = before
 
     def weights(self, count: int, tokens: int, *, placeless: bool) -> Tensor | None:
         """[count, adapters, tokens] of a linear layer's adapters; None: all act everywhere."""
         if self.placing is None:
             return None
         assert self.rows is not None
-        size = self.size
-        on_places = size is not None and not placeless and size[0] * size[1] == tokens
-        return self.placing.weights(self.rows, count, size if on_places else None, tokens)
+        size, around = self.size, (0, 0)
+        if size is not None and size[0] * size[1] + sum(self.around) == tokens != size[0] * size[1]:
+            around = self.around
+        on_places = size is not None and not placeless and size[0] * size[1] + sum(around) == tokens
+        return self.placing.weights(self.rows, count, size if on_places else None, tokens, around)
 
     def pixel_weights(self, count: int, size: tuple[int, int]) -> Tensor | None:
         """[count, adapters, height x width] of a convolution's adapters, `size` being its output's."""

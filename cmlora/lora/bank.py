@@ -119,11 +119,11 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
     return [layer for _, layer in tuner_layers(model) if isinstance(layer, LoraLayer)]
 
 
-def elsewhere(pipe: Any) -> tuple[str, ...]:
-    """Adapters that the pipeline knows outside its UNet."""
+def elsewhere(pipe: Any, attribute: str) -> tuple[str, ...]:
+    """Adapters that the pipeline knows outside the model that it keeps as `attribute`."""
     if not hasattr(pipe, "get_list_adapters"):
         return ()
-    return tuple(name for part, names in pipe.get_list_adapters().items() if part != "unet" for name in names)
+    return tuple(name for part, names in pipe.get_list_adapters().items() if part != attribute for name in names)
 
 
 def loaded_adapters(model: nn.Module) -> tuple[str, ...]:
