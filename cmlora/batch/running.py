@@ -11,6 +11,9 @@ from cmlora.batch.placing import Placing
 from cmlora.batch.rows import Rows
 from cmlora.errors import RunError
 
+Around = tuple[tuple[int, int], ...]
+"""(before, behind): how many tokens of a sequence are no places of the image."""
+
 
 class Running:
     """The rows of the batch that is running; none outside a step.
@@ -23,7 +26,7 @@ class Running:
         self.owner: object = None  # the bank whose forwards are in force
         self.placing: Placing | None = None  # where the adapters of a slot act; None: everywhere
         self.size: tuple[int, int] | None = None  # height and width that the running tokens are places of
-        self.around = (0, 0)  # tokens before and behind the places where text and image are one sequence
+        self.around: Around = ()  # tokens before and behind the places, of sequences that have more than those
 
     @contextmanager
     def these(self, rows: Rows) -> Iterator[None]:
@@ -44,11 +47,11 @@ class Running:
             self.placing = before
 
     @contextmanager
-    def at(self, size: tuple[int, int] | None, around: tuple[int, int] = (0, 0)) -> Iterator[None]:
+    def at(self, size: tuple[int, int] | None, around: Around = ()) -> Iterator[None]:
         """Tokens are places of an image of this size, for the length of a with block; None: they are no places.
 
-        A layer on the places alone is told by their number; one on `around` more, before and behind them, has those
-        tokens (text) take all adapters whole.
+        A layer on the places alone is told by their number; so is one on a sequence of text and image, `around` being
+        what such sequences have before and behind the places: those tokens take all adapters whole.
         """
         before, self.size, self.around = (self.size, self.around), size, around
         try:
@@ -61,11 +64,13 @@ class Running:
         if self.placing is None:
             return None
         assert self.rows is not None
-        size, around = self.size, (0, 0)
-        if size is not None and size[0] * size[1] + sum(self.around) == tokens != size[0] * size[1]:
-            around = self.around
-        on_places = size is not None and not placeless and size[0] * size[1] + sum(around) == tokens
-        return self.placing.weights(self.rows, count, size if on_places else None, tokens, around)
+        size, around = self.size, None
+        if size is not None and not placeless:
+            more = tokens - size[0] * size[1]
+            around = next((a for a in ((0, 0), *self.around) if sum(a) == more), None)
+        if around is None:
+            return self.placing.weights(self.rows, count, None, tokens)
+        return self.placing.weights(self.rows, count, size, tokens, around)
 
     def pixel_weights(self, count: int, size: tuple[int, int]) -> Tensor | None:
         """[count, adapters, height x width] of a convolution's adapters, `size` being its output's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -75,7 +75,7 @@ class TransformerFamily(Family):
 
     def place(self, pipe: Any, scheduler: Any, call: Call) -> Place:
         """By the variables of the pipeline that is calling; in a loop of one's own by the scheduler's count."""
-        frame, _ = calling_frame(self.pipelines)
+        frame, by_itself = calling_frame(self.pipelines)
         said: Mapping[str, Any] = {} if frame is None else frame.f_locals
         if frame is not None:
             scheduler = getattr(said["self"], "scheduler", scheduler)
@@ -83,10 +83,10 @@ class TransformerFamily(Family):
         index = index_in(schedule, call.inputs.timestep)
         index = index_in(schedule, said.get("t")) if index is None else index
         index = self._count(scheduler, call.inputs.timestep) if index is None else index
-        halves, whole, conditional = self.guidance(frame, call.inputs)
+        halves, whole, conditional = self.guidance(frame, by_itself, call.inputs)
         return Place(scheduler.timesteps, index, halves, whole, conditional)
 
-    def guidance(self, frame: FrameType | None, inputs: Any) -> tuple[int, bool, bool | None]:
+    def guidance(self, frame: FrameType | None, by_itself: bool, inputs: Any) -> tuple[int, bool, bool | None]:
         """`halves`, `whole` and `conditional` of a call. Here: one half a call where there is guidance at all."""
         if frame is None:
             return 1, False, None
@@ -145,6 +145,11 @@ class TransformerFamily(Family):
 
     def result(self, noise: Tensor, call: Call) -> Any:
         return Transformer2DModelOutput(sample=noise) if call.return_dict else (noise,)
+
+
+def layers_in(parts: Iterable[nn.Module | None]) -> set[nn.Module]:
+    """All modules of some parts."""
+    return {module for part in parts if part is not None for module in part.modules()}
 
 
 def unpacked(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -11,14 +11,14 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cmlora.batch.rows import Shared, pick, whole
+from cmlora.batch.rows import Rows, Shared, pick, whole
 from cmlora.batch.running import Running
 from cmlora.config import CMLoRAConfig
 from cmlora.errors import RunError, UnsupportedModelError
 from cmlora.models.caller import calling_frame
-from cmlora.models.dit.family import TransformerFamily, packed, unpacked
+from cmlora.models.dit.family import TransformerFamily, layers_in, packed, unpacked
 from cmlora.models.dit.flux_blocks import double_block, is_plain, single_block
-from cmlora.models.dit.step import BatchedTransformer, State, TransformerInputs, TransformerPart
+from cmlora.models.dit.step import BatchedTransformer, State, TransformerConditions, TransformerInputs, TransformerPart
 from cmlora.models.family import Call
 
 
@@ -54,9 +54,9 @@ class BatchedFlux(BatchedTransformer[FluxInputs]):
     def text_embedders(self) -> set[nn.Module]:
         return {self.module.context_embedder}
 
-    def embed_text(self, prompt: Tensor, inputs: FluxInputs) -> Tensor:
-        embedded: Tensor = self.module.context_embedder(prompt)
-        return embedded
+    def embed_text(self, conditions: TransformerConditions, inputs: FluxInputs, rows: Rows | None) -> Tensor:
+        text: Tensor = self.module.context_embedder(conditions.given("encoder_hidden_states", inputs, rows))
+        return text
 
     def embed_image(self, part: TransformerPart) -> Shared:
         return part.run(self.module.x_embedder, Shared(part.inputs.sample[: part.rows.images], False, False))
@@ -67,7 +67,7 @@ class BatchedFlux(BatchedTransformer[FluxInputs]):
         times = [t.to(dtype) * 1000 for t in (inputs.timestep, inputs.guidance) if t is not None]
         if conditions.prompts is None and module.time_text_embed not in conditions.carrying:
             return Shared(module.time_text_embed(*times, inputs.pooled_projections), False, True)
-        pooled = conditions.of_all("pooled_projections", inputs, part.everyone)
+        pooled = conditions.given("pooled_projections", inputs, part.everyone)
         times = [whole(Shared(t.expand(part.rows.own), False, True), part.rows) for t in times]
         return Shared(module.time_text_embed(*times, pick(pooled, part.rows.index)), True, True)
 
@@ -105,13 +105,11 @@ class BatchedFlux(BatchedTransformer[FluxInputs]):
         return packed(image)
 
     def placeless(self) -> set[nn.Module]:
-        module = self.module
-        layers = {*module.context_embedder.modules(), *module.time_text_embed.modules()}
-        for block in module.transformer_blocks:
+        parts = [self.module.context_embedder, self.module.time_text_embed]
+        for block in self.module.transformer_blocks:
             attn = block.attn
-            for text in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out, block.ff_context):
-                layers |= {*text.modules()}
-        return layers
+            parts += [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out, block.ff_context]
+        return layers_in(parts)
 
 
 def _residual(inputs: FluxInputs, index: int, doubles: int, blocks: int) -> Tensor | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cmlora.batch.inputs import Inputs
 from cmlora.batch.rows import Rows, Shared, grid, lift, pick, whole
-from cmlora.batch.running import Running
+from cmlora.batch.running import Around, Running
 from cmlora.config import CMLoRAConfig
 from cmlora.errors import ConfigError
 from cmlora.lora.layers import carrying, untouched
@@ -78,27 +78,30 @@ class TransformerConditions(Conditions):
 
     def text(self, inputs: Any, rows: Rows, everyone: Rows) -> Shared:
         """Embedded tokens of the prompt: of the pipeline's own rows where no adapter changes them."""
-        shared = self.prompts is None and not self.batched.text_embedders() & self.carrying
-        key = () if shared else everyone.known
+        key = () if self._text_is_shared else everyone.known
         if key not in self._texts:
             self._texts[key] = self._encode(inputs, everyone), everyone
         kept = self._texts[key][0]
-        return Shared(kept, False, True) if shared else Shared(pick(kept, rows.index), True, True)
+        return Shared(kept, False, True) if self._text_is_shared else Shared(pick(kept, rows.index), True, True)
+
+    @property
+    def _text_is_shared(self) -> bool:
+        return self.prompts is None and not self.batched.text_embedders() & self.carrying
 
     def _encode(self, inputs: Any, everyone: Rows) -> Tensor:
         """Of the pipeline's own rows, or of everyone's."""
         running = self.batched.running
-        if self.prompts is None and not self.batched.text_embedders() & self.carrying:
-            return self.batched.embed_text(inputs.encoder_hidden_states, inputs)
+        if self._text_is_shared:
+            return self.batched.embed_text(self, inputs, None)
         with running.these(everyone), running.at(None):
-            return self.batched.embed_text(self.of_all("encoder_hidden_states", inputs, everyone), inputs)
+            return self.batched.embed_text(self, inputs, everyone)
 
-    def of_all(self, name: str, inputs: Any, everyone: Rows) -> Tensor:
-        """[all rows, ...] an input that predictions have one of their own of, where they do."""
-        own = getattr(inputs, name)
-        if self.prompts is None:
-            return whole(Shared(own, False, True), everyone)
-        return by_prediction(own, [None if p is None else p[name] for p in self.prompts], everyone)
+    def given(self, name: str, inputs: Any, everyone: Rows | None) -> Tensor:
+        """[all rows, ...] an input that predictions have one of their own of, where they do; None: own rows."""
+        own: Tensor = self.batched.prompt(inputs) if name == "encoder_hidden_states" else getattr(inputs, name)
+        if self.prompts is not None and everyone is not None:
+            return by_prediction(own, [None if p is None else p[name] for p in self.prompts], everyone)
+        return spread(own, everyone)
 
     @property
     def bytes(self) -> int:  # type: ignore[override]  # computed where the base class has a constant
@@ -138,8 +141,12 @@ class BatchedTransformer(Batched[I, TransformerConditions]):
         """The modules of `embed_text`."""
 
     @abstractmethod
-    def embed_text(self, prompt: Tensor, inputs: I) -> Tensor:
-        """[rows, text tokens, width] of a prompt of as many rows."""
+    def embed_text(self, conditions: TransformerConditions, inputs: I, rows: Rows | None) -> Tensor:
+        """[rows, text tokens, width] of the prompt; None: of the pipeline's own rows."""
+
+    def prompt(self, inputs: I) -> Tensor:
+        """[own rows, text tokens, width] the pipeline's prompt."""
+        return inputs.encoder_hidden_states
 
     @abstractmethod
     def embed_time(self, part: TransformerPart) -> Shared:
@@ -176,10 +183,10 @@ class BatchedTransformer(Batched[I, TransformerConditions]):
         image = cache[:, self.places(inputs)] if self.last else cache
         return image.transpose(1, 2).reshape(image.shape[0], -1, *inputs.size)
 
-    def around(self, inputs: I) -> tuple[int, int]:
-        """Text tokens before and behind the image's."""
+    def around(self, inputs: I) -> Around:
+        """Tokens before and behind the places, of sequences that have others, too; that of all tokens comes last."""
         text = self.text_tokens(inputs)
-        return (text, 0) if self.text_first else (0, text)
+        return ((text, 0) if self.text_first else (0, text),)
 
     def text_tokens(self, inputs: I) -> int:
         """How many there are."""
@@ -187,7 +194,7 @@ class BatchedTransformer(Batched[I, TransformerConditions]):
 
     def places(self, inputs: I) -> slice:
         """The image's tokens in the sequence of both."""
-        before, (height, width) = self.around(inputs)[0], inputs.size
+        before, (height, width) = self.around(inputs)[-1][0], inputs.size
         return slice(before, before + height * width)
 
     def predictable(self) -> bool:
@@ -284,6 +291,11 @@ class TransformerPart:
     def add_own(self, x: Shared, residual: Tensor) -> Shared:
         """Add [own rows, ...], or [1, ...] for all: ControlNet's."""
         return fused(self.rows, torch.add, x, Shared(residual, False, True))
+
+
+def spread(own: Tensor, rows: Rows | None) -> Tensor:
+    """[own rows, ...] for all rows; None: as it is."""
+    return own if rows is None else whole(Shared(own, False, True), rows)
 
 
 def alike(rows: Rows, *xs: Shared) -> list[Shared]:
