@@ -198,6 +198,8 @@ class Peer:
 
     def _multiplier(self, name):
         def multiply(_, inputs, out):
+            if out.ndim == 4:
+                return out * F.adaptive_avg_pool2d(self.masks[name], out.shape[2:]).repeat(self.halves, 1, 1, 1)
             if out.ndim != 3:
                 return None
             mask = F.adaptive_avg_pool2d(self.masks[name], (8, 8)).flatten(2).transpose(1, 2)

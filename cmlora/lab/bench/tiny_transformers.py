@@ -183,7 +183,7 @@ def draw(
     generator, device = torch.Generator().manual_seed(seed), pipe.transformer.device
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator).to(device, pipe.transformer.dtype)
 
     def prompt(sign: str) -> dict[str, Any]:
         if kind == "z_image":  # of different lengths
