@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import cmlora
 from cmlora.lab.bench.tiny import relative
 from cmlora.lab.bench.tiny_transformers import KINDS, NAMES, draw, pipeline, transformer, with_loras
+from tests.adapter.test_graphs import Captures
 from tests.adapter.test_online import high_frequency_share
 from tests.dit.peer import Peer
 
@@ -183,6 +184,19 @@ def test_a_user_s_hook_in_a_block_sees_each_prediction_and_changes_it(drawn):
             assert relative(draw(pipe, kind), want) < EXACT
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_captured_steps_follow_prompts_and_sizes_from_image_to_image(kind):
+    pipe = with_loras(pipeline(kind), kind, edges=True)
+    found = []
+    for captures in (None, Captures()):
+        cmlora.accelerate(pipe, merge_weights=False, cuda_graphs=captures is not None, **CMLORA)
+        if captures is not None:
+            pipe.transformer.forward.cmlora.denoiser.spending.capture = captures
+        found.append([draw(pipe, kind, steps=5, seed=seed, images=images) for seed, images in ((1, 1), (2, 1), (3, 2))])
+    assert captures.replayed
+    assert all(map(torch.equal, *found))
 
 
 def own_loop(pipe, kind, announce):

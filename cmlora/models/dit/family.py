@@ -155,12 +155,12 @@ def layers_in(parts: Iterable[nn.Module | None]) -> set[nn.Module]:
 def unpacked(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Tokens of 2 x 2 latent pixels each: [rows, height * width, channels * 4] -> [rows, channels, 2 h, 2 w]."""
     rows, (height, width) = x.shape[0], size
-    pixels = x.view(rows, height, width, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    pixels = x.reshape(rows, height, width, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return pixels.reshape(rows, -1, 2 * height, 2 * width)
 
 
 def packed(image: Tensor) -> Tensor:
     """The way back of `unpacked`."""
     rows, channels, height, width = image.shape
-    tokens = image.view(rows, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    tokens = image.reshape(rows, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return tokens.reshape(rows, height * width // 4, channels * 4)

@@ -96,7 +96,7 @@ class BatchedFlux(BatchedTransformer[FluxInputs]):
 
     def latents(self, inputs: FluxInputs) -> Tensor:
         channels = self.module.out_channels  # filling and control pass their conditions behind the latents
-        return unpacked(inputs.sample[:, :, :channels].contiguous(), inputs.size)
+        return unpacked(inputs.sample[:, :, :channels], inputs.size)
 
     def as_image(self, noise: Tensor, inputs: FluxInputs) -> Tensor:
         return unpacked(noise, inputs.size)
@@ -179,6 +179,11 @@ class FluxFamily(TransformerFamily):
                 "reference images beside the latents are not supported"
             )
         return height, width
+
+    def encode(self, encode_prompt: Any, text: str) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            embeddings, pooled, _ = encode_prompt(prompt=text, prompt_2=None)
+        return embeddings, pooled
 
     def batched(self, module: Any, config: CMLoRAConfig, running: Running) -> BatchedFlux:
         return BatchedFlux(module, config, running)

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from cmlora.batch.rows import Rows, Shared, pick, whole
 from cmlora.batch.running import Running
 from cmlora.config import CMLoRAConfig
-from cmlora.errors import RunError, UnsupportedModelError
+from cmlora.errors import ConfigError, RunError, UnsupportedModelError
 from cmlora.models.dit.family import TransformerFamily, layers_in, packed, unpacked
 from cmlora.models.dit.step import (
     BatchedTransformer,
@@ -24,6 +24,9 @@ from cmlora.models.dit.step import (
     TransformerPart,
 )
 from cmlora.models.family import Call
+from cmlora.models.prompts import own_rows
+
+TEXT, MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
 
 
 @dataclass(kw_only=True)
@@ -57,7 +60,7 @@ class BatchedQwen(BatchedTransformer[QwenInputs]):
         return {self.module.txt_norm, self.module.txt_in}
 
     def embed_text(self, conditions: TransformerConditions, inputs: QwenInputs, rows: Rows | None) -> Tensor:
-        prompt = conditions.given("encoder_hidden_states", inputs, rows)
+        prompt = conditions.given(TEXT, inputs, rows)
         text: Tensor = self.module.txt_in(self.module.txt_norm(prompt))
         return text
 
@@ -75,7 +78,7 @@ class BatchedQwen(BatchedTransformer[QwenInputs]):
         inputs, given = part.inputs, part.inputs.controlnet_block_samples
         mask = inputs.encoder_hidden_states_mask
         if mask is not None:
-            mask = part.conditions.given("encoder_hidden_states_mask", inputs, part.everyone).bool()
+            mask = part.conditions.given(MASK, inputs, part.everyone).bool()
             mask = pick(mask, part.rows.index)
         text, image = (whole(x, part.rows) for x in part.apart(state))
         text, image = self.blocks[index](
@@ -123,7 +126,7 @@ class QwenFamily(TransformerFamily):
         "QwenImageControlNetPipeline",
         "QwenImageControlNetInpaintPipeline",
     )
-    text_kinds = ("encoder_hidden_states", "encoder_hidden_states_mask")
+    text_kinds = (TEXT, MASK)
 
     def check(self, module: Any) -> None:
         super().check(module)
@@ -146,6 +149,32 @@ class QwenFamily(TransformerFamily):
             raise RunError("guidance must be None: QwenImageTransformer2DModel cannot take it")
         _, height, width = shapes[0][0]
         return Call(QwenInputs(sample=sample, size=(height, width), **given), scale, return_dict)
+
+    def encode(self, encode_prompt: Any, text: str) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            embeddings, mask = encode_prompt(prompt=text)
+        return (embeddings,) if mask is None else (embeddings, mask)
+
+    def prompt(self, pipe: Any, name: str, given: Any) -> dict[str, Tensor]:
+        found = super().prompt(pipe, name, given)
+        if MASK in found and found[MASK].all():  # as encode_prompt: nothing is masked
+            del found[MASK]
+        return found
+
+    def spread_prompts(
+        self, inputs: QwenInputs, prompts: Sequence[dict[str, Tensor] | None], images: int
+    ) -> tuple[dict[str, Tensor] | None, ...]:
+        text, own = inputs.encoder_hidden_states, inputs.encoder_hidden_states_mask
+        if own is None and any(MASK in (p or {}) for p in prompts):
+            raise ConfigError("prompts must be without masked tokens, as the pipeline's own prompt is")
+        spread = []
+        for p in prompts:
+            rows = p and {TEXT: own_rows(TEXT, text, p, images)}
+            if rows and p and own is not None:
+                whole = {MASK: own.new_ones(1, own.shape[1])}
+                rows[MASK] = own_rows(MASK, own, whole | p, images)
+            spread.append(rows)
+        return tuple(spread)
 
     def batched(self, module: Any, config: CMLoRAConfig, running: Running) -> BatchedQwen:
         return BatchedQwen(module, config, running)

@@ -21,6 +21,7 @@ from cmlora.batch.rows import Rows, Shared, grid, lift, pick, whole
 from cmlora.batch.running import Around, Running
 from cmlora.config import CMLoRAConfig
 from cmlora.errors import ConfigError
+from cmlora.lora.bank import outline
 from cmlora.lora.layers import carrying, untouched
 from cmlora.lora.stacked import StackedProjection
 from cmlora.models.family import Batched, Conditions
@@ -91,10 +92,8 @@ class TransformerConditions(Conditions):
     def _encode(self, inputs: Any, everyone: Rows) -> Tensor:
         """Of the pipeline's own rows, or of everyone's."""
         running = self.batched.running
-        if self._text_is_shared:
-            return self.batched.embed_text(self, inputs, None)
         with running.these(everyone), running.at(None):
-            return self.batched.embed_text(self, inputs, everyone)
+            return self.batched.embed_text(self, inputs, None if self._text_is_shared else everyone)
 
     def given(self, name: str, inputs: Any, everyone: Rows | None) -> Tensor:
         """[all rows, ...] an input that predictions have one of their own of, where they do; None: own rows."""
@@ -198,14 +197,15 @@ class BatchedTransformer(Batched[I, TransformerConditions]):
         return slice(before, before + height * width)
 
     def predictable(self) -> bool:
-        processors = getattr(self.module, "attn_processors", {})
-        ours = {type(p).__module__.split(".")[0] for p in processors.values()}
-        return untouched(self.module) and ours <= {"diffusers"}
+        return untouched(self.module) and {type(p).__module__.split(".")[0] for p in self._processors()} <= {
+            "diffusers"
+        }
 
     def baked(self) -> tuple[object, ...] | None:
-        if not self.predictable():
-            return None
-        return tuple(map(id, getattr(self.module, "attn_processors", {}).values()))
+        return tuple(map(id, self._processors())) if self.predictable() else None
+
+    def _processors(self) -> list[Any]:
+        return [p for _, module in outline(self.module) if (p := getattr(module, "processor", None)) is not None]
 
 
 class TransformerPart:
