@@ -49,26 +49,27 @@ def _loud(net):
 
 
 FROM = {"image": picture, "strength": lambda: 0.6}
-OVER = {"image": picture, "mask_image": mask, "strength": lambda: 0.9}
+OVER = {"image": picture, "mask_image": mask, "strength": lambda: 0.6}
 UNDER = {"control_image": picture, "controlnet_conditioning_scale": lambda: 0.7}
 CASES = {
-    "flux from a picture": ("flux", "FluxImg2ImgPipeline", FROM, {}, {}),
-    "flux under a mask": ("flux", "FluxInpaintPipeline", OVER, {}, {}),
-    "flux with residuals": ("flux", "FluxControlNetPipeline", UNDER, {"controlnet": flux_controlnet}, {}),
-    "sd3 from a picture": ("sd3", "StableDiffusion3Img2ImgPipeline", FROM, {}, {}),
-    "sd3 with residuals": ("sd3", "StableDiffusion3ControlNetPipeline", UNDER, {"controlnet": sd3_controlnet}, {}),
-    "z_image from a picture": ("z_image", "ZImageImg2ImgPipeline", FROM, {}, {}),
+    "flux from a picture": ("flux", "FluxImg2ImgPipeline", FROM, {}),
+    "flux under a mask": ("flux", "FluxInpaintPipeline", OVER, {}),
+    "flux with residuals": ("flux", "FluxControlNetPipeline", UNDER, {"controlnet": flux_controlnet}),
+    "sd3 from a picture": ("sd3", "StableDiffusion3Img2ImgPipeline", FROM, {}),
+    "sd3 with residuals": ("sd3", "StableDiffusion3ControlNetPipeline", UNDER, {"controlnet": sd3_controlnet}),
+    "z_image from a picture": ("z_image", "ZImageImg2ImgPipeline", FROM, {}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_pipeline_of_the_family_composes_as_a_loop_does(case):
-    kind, name, given, parts, _ = CASES[case]
+    kind, name, given, parts = CASES[case]
     made = {part: make() for part, make in parts.items()}
     pipe = with_loras(pipeline(kind, cls=getattr(diffusers, name), vae=vae(), **made), kind)
     interval = 1 if "residuals" in case else 2  # the peer's cached blocks know no residuals
 
     def run():
+        torch.manual_seed(9)  # of the VAE's samples where a pipeline passes no generator on
         call = {key: make() for key, make in given.items()}
         return draw(pipe, kind, steps=5, generator=torch.Generator().manual_seed(6), **call)
 

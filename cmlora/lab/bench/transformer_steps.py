@@ -48,9 +48,9 @@ class MetaFlux:
     def __init__(self, adapters: int, rank: int = 16, side: int = 1024, text: int = 512, **config: Any) -> None:
         with torch.device("meta"):
             model = FluxTransformer2DModel(**({"guidance_embeds": True} | config))
-        self.names = [f"lora_{i}" for i in range(adapters)]
-        for name in self.names:
-            model.add_adapter(LoraConfig(r=rank, target_modules=LAYERS), adapter_name=name)
+            self.names = [f"lora_{i}" for i in range(adapters)]
+            for name in self.names:
+                model.add_adapter(LoraConfig(r=rank, target_modules=LAYERS), adapter_name=name)
         self.pipe = pipeline("flux", model.to(torch.bfloat16).eval(), device="meta")
         self.side, self.text = side, text
 

@@ -17,7 +17,6 @@ from diffusers.models.transformers.transformer_flux import (
     FluxTransformerBlock,
 )
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cmlora.batch.rows import Shared
 from cmlora.lora.plain import unhooked
@@ -54,11 +53,7 @@ def double_block(block: Any, part: TransformerPart, text: Shared, image: Shared)
         for norm, stream, m in ((block.norm1, image, of_image), (block.norm1_context, text, of_text))
     )
     attended = _attention(block.attn, part, x, y)
-    count = part.text_count
-    to_text, to_image = (
-        Shared(t, attended.by_prediction, attended.by_half)
-        for t in (attended.value[:, :count].contiguous(), attended.value[:, count:].contiguous())
-    )
+    to_text, to_image = part.apart((attended,))
     image = _gated(part, image, of_image[2], part.run(block.attn.to_out[1], part.run(block.attn.to_out[0], to_image)))
     image = _feed_forward(block.norm2, block.ff, part, image, of_image)
     text = _gated(part, text, of_text[2], part.run(block.attn.to_add_out, to_text))
@@ -78,14 +73,16 @@ def single_block(block: Any, part: TransformerPart, state: State) -> State:
 
 
 def _modulation(norm: Any, part: TransformerPart, count: int) -> list[Shared]:
-    """Shift, scale, gate, ... of a norm [rows, 1, width]: of the pipeline's own rows where no adapter changes it."""
-    act = Shared(F.silu(part.temb.value), part.temb.by_prediction, part.temb.by_half)
-    given = part.run(norm.linear, act)
-    return [Shared(m, given.by_prediction, given.by_half) for m in given.value.unsqueeze(1).chunk(count, 2)]
+    """Shift, 1 + scale, gate, ... of a norm [rows, 1, width], of own rows where no adapter changes it."""
+    given = part.run(norm.linear, part.activated)
+    offsets = part.conditions.positions[3][: count // 3].view(1, count, 1)
+    values = given.value.view(given.value.shape[0], count, -1) + offsets
+    return [Shared(m, given.by_prediction, given.by_half) for m in values.chunk(count, 1)]
 
 
 def _modulated(norm: Any, part: TransformerPart, x: Shared, shift: Shared, scale: Shared) -> Shared:
-    return fused(part.rows, lambda x, shift, scale: torch.addcmul(shift, x, 1 + scale), part.run(norm, x), shift, scale)
+    """`scale` is 1 + scale."""
+    return fused(part.rows, torch.addcmul, shift, part.run(norm, x), scale)
 
 
 def _gated(part: TransformerPart, x: Shared, gate: Shared, change: Shared) -> Shared:

@@ -8,6 +8,7 @@ model's blocks.
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cmlora.batch.inputs import Inputs
 from cmlora.batch.rows import Rows, Shared, grid, lift, pick, whole
@@ -222,8 +224,12 @@ class TransformerPart:
         self.batched, self.module = batched, batched.module
         self.inputs, self.conditions = inputs, conditions
         self.rows, self.everyone = rows, everyone
-        self.text_count = batched.text_tokens(inputs)
         self.temb: Shared = Shared(inputs.timestep, False, True)  # until it is embedded
+
+    @functools.cached_property
+    def activated(self) -> Shared:
+        """silu of `temb`, once for all blocks."""
+        return Shared(F.silu(self.temb.value), self.temb.by_prediction, self.temb.by_half)
 
     def head(self) -> tuple[Shared, list[Shared]]:
         batched = self.batched
