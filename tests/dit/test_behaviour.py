@@ -12,6 +12,7 @@ from cmlora.lab.bench.tiny_transformers import KINDS, NAMES, draw, pipeline, tra
 from tests.adapter.test_graphs import Captures
 from tests.adapter.test_online import high_frequency_share
 from tests.dit.peer import Peer
+from tests.lora.test_behaviour import quantise
 
 EXACT = 1e-5
 CMLORA = {"method": "cmlora", "combine": "deviation", "partition": "offline", "cache_interval": 2}
@@ -266,3 +267,17 @@ def test_low_precision_draws_what_a_loop_in_it_draws(drawn):
     pipe.transformer.to(torch.bfloat16)
     with cmlora.accelerated(pipe, method="composite", combine="mean", cache_interval=1):
         assert relative(draw(pipe, kind).float(), exact) < 0.05
+
+
+@pytest.mark.parametrize("method", ["mean", "routed"])
+def test_a_quantised_base_runs_beside_the_update_of_its_adapters(method):
+    pipe = with_loras(pipeline("flux"), "flux")
+    for block in (*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks):
+        for layer in (block.attn.to_q, getattr(block, "proj_out", None)):
+            if layer is not None:
+                quantise(layer.base_layer)
+    with Peer(pipe, "flux", NAMES[:3], method):
+        want = draw(pipe, "flux")
+    config = {"method": "routed"} if method == "routed" else {"method": "composite", "combine": "mean"}
+    with cmlora.accelerated(pipe, cache_interval=1, **config):
+        assert relative(draw(pipe, "flux"), want) < EXACT
