@@ -1,4 +1,7 @@
-"""What a step of FLUX.1-dev launches, counted on `meta`: `python benchmarks/transformers.py`; nothing is timed."""
+"""What a step of FLUX.1-dev launches, counted on `meta`, and how long it is predicted to take; nothing is timed.
+
+python benchmarks/transformers.py
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,9 @@ def main() -> None:
     }
     print(f"FLUX.1-dev, {flux.side} px, {ADAPTERS} LoRAs, {STEPS} steps, interval {INTERVAL}; a step, on sm_90")
     print(f"the first {cut[0]} and the last {cut[1]} of {blocks} blocks run in every step\n")
-    print("| | kernels | TFLOP | GB |\n|---|---|---|---|")
+    print("| | kernels | TFLOP | GB | ms, predicted, H100 |\n|---|---|---|---|---|")
     for name, found in rows.items():
-        print(f"| {name} | {found.ops:.0f} | {found.flops / 1e12:.1f} | {found.bytes / 1e9:.1f} |")
+        print(f"| {name} | {found.ops:.0f} | {found.flops / 1e12:.1f} | {found.bytes / 1e9:.1f} | {found.ms:.0f} |")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 from cmlora.accelerate import accelerated
-from cmlora.lab.bench.counting import Trace
+from cmlora.lab.bench.counting import Op, Trace
+from cmlora.lab.bench.roofline import GPUS, Assumptions, Gpu, step_time
 from cmlora.lab.bench.tiny_transformers import pipeline
 
 STEPS, INTERVAL = 28, 2
@@ -30,11 +31,13 @@ class Counted:
 
     Attributes:
         ops: kernels launched. flops: 2 per multiply-add. bytes: read and written, every element once.
+        ms: predicted (`roofline.step_time`), set_adapters for free.
     """
 
     ops: float
     flops: float
     bytes: float
+    ms: float
 
 
 class MetaFlux:
@@ -54,27 +57,33 @@ class MetaFlux:
         self.pipe = pipeline("flux", model.to(torch.bfloat16).eval(), device="meta")
         self.side, self.text = side, text
 
-    def count(self, arch: str = "sm_90", **config: Any) -> Counted:
-        """By us, `config` of CMLoRAConfig, on a target."""
+    def count(self, gpu: str = "H100", **config: Any) -> Counted:
+        """By us, `config` of CMLoRAConfig, on a GPU."""
         self.pipe.transformer.set_adapters(self.names)
         with accelerated(self.pipe, **({"cache_interval": INTERVAL} | config)):
-            return self._image(arch)
+            return self._image(GPUS[gpu])
 
-    def count_loop(self, arch: str = "sm_90", interval: int = INTERVAL, cut: tuple[int, int] = (0, 0)) -> Counted:
+    def count_loop(self, gpu: str = "H100", interval: int = INTERVAL, cut: tuple[int, int] = (0, 0)) -> Counted:
         """By a loop of plain calls, the mean of all adapters; with an interval, deep blocks are left out as we do."""
         with _Loop(self.pipe.transformer, self.names, interval, cut):
-            return self._image(arch)
+            return self._image(GPUS[gpu])
 
-    def _image(self, arch: str) -> Counted:
+    def _image(self, gpu: Gpu) -> Counted:
         """The first four steps stand for all: the first interval, in which masks are found, and one that repeats."""
-        ops = [list(trace.ops(arch)) for trace in self._traces(2 * INTERVAL)]
+        ops = [trace.ops(gpu.arch) for trace in self._traces(2 * INTERVAL)]
         share = (STEPS - INTERVAL) / INTERVAL
 
-        def mean(of: Callable[[Any], int]) -> float:
-            first, repeated = (sum(of(op) for step in part for op in step) for part in (ops[:INTERVAL], ops[INTERVAL:]))
+        def mean(of: Callable[[list[Op]], float]) -> float:
+            first, repeated = (sum(map(of, part)) for part in (ops[:INTERVAL], ops[INTERVAL:]))
             return (first + share * repeated) / STEPS
 
-        return Counted(mean(lambda op: 1), mean(lambda op: op.flops), mean(lambda op: op.bytes))
+        given = Assumptions()
+        return Counted(
+            mean(len),
+            mean(lambda step: sum(op.flops for op in step)),
+            mean(lambda step: sum(op.bytes for op in step)),
+            mean(lambda step: 1e3 * step_time(step, gpu, given).step),
+        )
 
     def _traces(self, steps: int) -> Sequence[Trace]:
         """A trace per step, the scheduler's own work in it."""
