@@ -30,7 +30,7 @@ def accelerate(pipe: Pipe, config: CMLoRAConfig | None = None, **overrides: Any)
     """Compose the pipeline's LoRAs as one batch from its next call on; the call itself stays the user's own.
 
     Args:
-        pipe: a diffusers pipeline with a UNet2DConditionModel and LoRAs loaded.
+        pipe: a diffusers pipeline with a UNet2DConditionModel or a transformer of a known family, and LoRAs loaded.
         config: how to compose; None: the defaults.
         **overrides: single fields of CMLoRAConfig, e.g. method="composite". high="auto" draws each LoRA alone here,
             a few steps with an empty prompt (`cmlora.profile.settle`).
@@ -41,7 +41,7 @@ def accelerate(pipe: Pipe, config: CMLoRAConfig | None = None, **overrides: Any)
     Raises:
         ConfigError: a field out of its range.
         AdapterError: adapters that are missing, fused, disabled or of an unsupported kind.
-        UnsupportedModelError: a pipeline or UNet that cannot be run.
+        UnsupportedModelError: a pipeline or model that cannot be run.
         Whichever it is, the pipeline is left as it was.
     """
     install(pipe, _make_denoiser(pipe, config, overrides))

@@ -299,7 +299,7 @@ def inspect(
     target: Annotated[
         list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942, gfx1100; default: all.")
     ] = None,
-    model: Annotated[list[str] | None, typer.Option(help="sd15, sdxl; default: both.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="sd15, sdxl, flux; default: the first two.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
 ) -> None:
     """Compile every kernel that the library launches, without a GPU; print registers, spills, instructions, bytes."""

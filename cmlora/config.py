@@ -40,7 +40,8 @@ class CMLoRAConfig:
         cache_interval: deep features are refreshed every so many steps; 1: no cache; "nonuniform": every 2nd, 3rd,
             2nd step in the first 3/8, the middle half, the last 1/8; "quadratic": dense around `quadratic_center`.
         cache_branch: (layer, block) of the skip connection where the deep part begins, as in DeepCache; None: the
-            input of the last up block.
+            input of the last up block. Of a transformer: how many blocks at its beginning and at its end run in every
+            step; None: an eighth and a sixteenth of them.
         max_cache_age: no cached feature is older than so many steps; None: no bound.
         cache_follow: with "deviation" and "local" the base model is refreshed more often than an adapter; in between,
             the adapter's cached feature moves as the base model's does: h_i + h_base(now) - h_base(then). False: it

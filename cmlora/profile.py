@@ -237,7 +237,7 @@ class _Watched(Denoiser):
         noise = super()._step(run, lane, inputs)
         assert lane.cache is not None  # refreshed in every step, never written again
         self.latents.append(radial_profile(self.batched.latents(inputs), True, self.config.backend))
-        self.feature.append(radial_profile(lane.cache, False, self.config.backend))
+        self.feature.append(radial_profile(self.batched.feature_map(lane.cache, inputs), False, self.config.backend))
         self.cached.append(lane.cache.flatten(1))
         return noise
 

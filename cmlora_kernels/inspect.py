@@ -25,7 +25,7 @@ from cmlora_kernels.launch import Launch
 from cmlora_kernels.machine_code import MachineCode, read_amdgcn, read_cubin
 from cmlora_kernels.tiles import LAUNCH_SECONDS, chip
 from cmlora_kernels.triton_shim import HAS_TRITON
-from cmlora_kernels.variants import DTYPES, UNETS, Variant, variants
+from cmlora_kernels.variants import DTYPES, MODELS, UNETS, Variant, variants
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100")
 INSPECTED_RANKS = (16,)  # the other buckets: `ranks=`; compiling all of them takes over half an hour
@@ -114,7 +114,7 @@ def inspect_kernels(
     """Compile what the library launches, one row per compiled code, as the compilers finish, in a fixed order.
 
     Args:
-        targets: of `TARGETS`. models: of "sd15", "sdxl", each with 2 to 5 adapters.
+        targets: of `TARGETS`. models: of "sd15", "sdxl", "flux", each with 2 to 5 adapters.
         dtypes: float16, bfloat16, float32. ranks: of the LoRAs.
         processes: compilers at once.
 
@@ -123,7 +123,7 @@ def inspect_kernels(
         RuntimeError: triton is not installed, or a variant does not compile; it names the variant and the target.
     """
     targets, models, dtypes, ranks = tuple(targets), tuple(models), tuple(dtypes), tuple(ranks)
-    for name, given, known in (("targets", targets, TARGETS), ("models", models, tuple(UNETS))):
+    for name, given, known in (("targets", targets, TARGETS), ("models", models, MODELS)):
         if unknown := set(given) - set(known):
             raise ValueError(f"{name} must be of {known}, got {sorted(unknown)}")
     jobs = [(target, models, dtypes, ranks, i) for target in targets for i in _indices(target, models, dtypes, ranks)]

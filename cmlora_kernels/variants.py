@@ -1,7 +1,7 @@
-"""Every launch that this library makes for SD1.5 and SDXL, from the published UNet configurations; pure Python.
+"""Every launch that this library makes for SD1.5, SDXL and Flux, from their published configurations; pure Python.
 
 A row is one adapter and guidance half of one image. N adapters run 2 N rows where all are refreshed, and 2 rows in the
-deep part of a step that refreshes one adapter.
+deep part of a step that refreshes one adapter; on Flux, whose guidance is distilled, N and 1.
 """
 
 from __future__ import annotations
@@ -52,6 +52,23 @@ UNETS = {
 }
 
 
+class Transformer(NamedTuple):
+    """What its config.json and its size of image say: latent side, tokens of image and text, width, channels."""
+
+    size: int
+    image: int
+    text: int
+    width: int
+    channels: int
+
+
+TRANSFORMERS = {
+    # black-forest-labs/FLUX.1-dev/transformer/config.json, 1024 x 1024 pixels
+    "flux": Transformer(128, 4096, 512, 3072, 16),
+}
+MODELS = (*UNETS, *TRANSFORMERS)
+
+
 class Linear(NamedTuple):
     """A linear layer; `parts` projections of one x stacked."""
 
@@ -87,6 +104,21 @@ def linear_layers(unet: UNet) -> Iterator[Linear]:
         yield Linear(PROMPT_TOKENS, unet.context, 2 * channels, False, 2)
         yield Linear(tokens, channels, 8 * channels, True)  # GEGLU
         yield Linear(tokens, 4 * channels, channels, True)
+
+
+def transformer_layers(model: Transformer) -> Iterator[Linear]:
+    """Linear layers that LoRAs train: blocks of two streams, blocks of one, modulation, embedders."""
+    width, both = model.width, model.image + model.text
+    for tokens in (model.image, model.text, both):
+        yield Linear(tokens, width, width, True)  # q, k, v, out
+        yield Linear(tokens, width, 4 * width, True)  # feed-forward; of one stream: proj_mlp
+    for tokens in (model.image, model.text):
+        yield Linear(tokens, 4 * width, width, True)
+    yield Linear(both, 5 * width, width, True)  # proj_out: attention and feed-forward side by side
+    for count in (3, 6):
+        yield Linear(1, width, count * width, True)  # shifts, scales and gates
+    yield Linear(model.image, 4 * model.channels, width, True)
+    yield Linear(model.image, width, 4 * model.channels, True)
 
 
 def conv_layers(unet: UNet) -> Iterator[Conv]:
@@ -140,7 +172,7 @@ def variants(
     found: dict[Any, list[Variant]] = {}
     for model in models:
         for dtype in dtypes:
-            for launch in launches(UNETS[model], dtype, arch, tuple(ranks)):
+            for launch in launches(model, dtype, arch, tuple(ranks)):
                 found.setdefault(code_key(launch), []).append(Variant(launch, model, dtype, 0))
     chosen = []
     for same in found.values():
@@ -163,16 +195,21 @@ def _kind(value: int | float) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def launches(unet: UNet, dtype: torch.dtype, arch: str, ranks: tuple[int, ...]) -> Iterator[Launch]:
+def launches(name: str, dtype: torch.dtype, arch: str, ranks: tuple[int, ...]) -> Iterator[Launch]:
     """All launches of one model in one dtype; many share their code."""
+    model = UNETS.get(name) or TRANSFORMERS[name]
+    halves = 2 if isinstance(model, UNet) else 1
     for adapters in ADAPTERS:
-        for rows in (2, 2 * adapters):
+        for rows in (halves, halves * adapters):
             for rank in ranks:
                 if supports(rank, dtype):
-                    yield from _lora_launches(unet, Lora(rows, adapters, rank, dtype), arch)
-        yield from _step_launches(unet, adapters, dtype, arch)
+                    yield from _lora_launches(model, Lora(rows, adapters, rank, dtype), arch)
+        if isinstance(model, UNet):
+            yield from _step_launches(model, adapters, dtype, arch)
+        else:
+            yield from _transformer_step_launches(model, adapters, dtype, arch)
     for rank, weights in ROUTED:
-        yield from _lora_launches(unet, Lora(2, 1, rank, dtype, weights), arch)
+        yield from _lora_launches(model, Lora(halves, 1, rank, dtype, weights), arch)
 
 
 class Lora(NamedTuple):
@@ -185,15 +222,15 @@ class Lora(NamedTuple):
     weights: int = 0
 
 
-def _lora_launches(unet: UNet, lora: Lora, arch: str) -> Iterator[Launch]:
+def _lora_launches(model: UNet | Transformer, lora: Lora, arch: str) -> Iterator[Launch]:
     rows, adapters, rank, dtype, weights = lora
-    for layer in linear_layers(unet):
+    for layer in linear_layers(model) if isinstance(model, UNet) else transformer_layers(model):
         tokens, inner, outer, bias, parts = layer
         problem = Problem(rows, tokens, inner, outer, rank, parts, adapters, dtype, bias, weights)
         yield from _linear_launches(problem, arch)
         if parts == 1 and not weights:
             yield merged_launch(problem, arch)
-    for conv in conv_layers(unet):
+    for conv in conv_layers(model) if isinstance(model, UNet) else ():
         yield from conv_launches(conv, lora, arch)
 
 
@@ -269,6 +306,25 @@ def _step_launches(unet: UNet, adapters: int, dtype: torch.dtype, arch: str) -> 
     for rescale in (0.0, 0.7):
         yield guided_launch(adapters, 1, latent, dtype, 7.5, rescale)
     yield from _place_launches(size, adapters, dtype)
+
+
+def _transformer_step_launches(model: Transformer, adapters: int, dtype: torch.dtype, arch: str) -> Iterator[Launch]:
+    """The same of a transformer, on latents unpacked from their tokens; its cache is what the deep blocks add."""
+    size, channels = model.size, model.channels
+    latents = (1, channels, size, size)
+    spectrum = spectrum_launch(latents, (channels * size * size, size * size, size, 1), dtype, True, arch)
+    yield spectrum
+    choice = (0.4, 0, 1, adapters, 1.25, 0.75)
+    for cutoff, chosen in ((0.2, None), (0.2, choice)):
+        yield finish_launch(1, size, size, spectrum.grid[0] * spectrum.grid[1], cutoff, chosen)
+    for tokens in (model.image, model.image + model.text):
+        yield scatter_launch(1, tokens * model.width, dtype)
+    yield combine_launch(adapters, 1, channels * size * size, dtype)
+    shape, strides = (1, 1, channels, size * size), (size * size, 1)
+    for keep in (None, 0.7):
+        yield strength_launch(shape, strides, adapters, 1, keep, dtype)
+    yield local_launch(shape, strides, adapters, 0, dtype)
+    yield regions_launch(shape, strides, adapters, dtype)
 
 
 def _place_launches(size: int, adapters: int, dtype: torch.dtype) -> Iterator[Launch]:

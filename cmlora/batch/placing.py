@@ -34,23 +34,31 @@ class Placing:
         self._sized: dict[tuple[int, int], Tensor] = {}
         self._laid: dict[tuple[object, ...], Tensor | None] = {}
 
-    def weights(self, rows: Rows, count: int, size: tuple[int, int] | None, tokens: int) -> Tensor | None:
+    def weights(
+        self, rows: Rows, count: int, size: tuple[int, int] | None, tokens: int, around: tuple[int, int] = (0, 0)
+    ) -> Tensor | None:
         """[count, adapters, tokens] float32 for a layer; None: all adapters act wholly.
 
         Args:
             rows: that run. count: rows of the layer's batch, predictions x images or all of them.
             size: height and width of the layer's output; None: the layer does not work on places.
-            tokens: of the layer, height x width where it works on places.
+            tokens: of the layer, height x width where it works on places, and `around` more.
+            around: tokens before and behind the places, where all adapters act wholly.
         """
         positions = rows.positions or tuple(range(rows.predictions))
         masked = size if self.masks is not None and any(self.who[p] == ALL for p in positions) else None
-        key = (positions, count, masked, tokens)
+        key = (positions, count, masked, tokens, around)
         if key not in self._laid:
-            self._laid[key] = self._lay_out(positions, count // rows.predictions, masked, tokens)
+            self._laid[key] = self._lay_out(positions, count // rows.predictions, masked, tokens, around)
         return self._laid[key]
 
     def _lay_out(
-        self, positions: tuple[int, ...], own: int, size: tuple[int, int] | None, tokens: int
+        self,
+        positions: tuple[int, ...],
+        own: int,
+        size: tuple[int, int] | None,
+        tokens: int,
+        around: tuple[int, int],
     ) -> Tensor | None:
         if size is None and all(self.who[p] == ALL for p in positions):
             return None
@@ -58,6 +66,7 @@ class Placing:
         for p in positions:
             if self.who[p] == ALL and size is not None:
                 masks = self._resized(size)  # [images, adapters, tokens]
+                masks = F.pad(masks, around, value=1.0) if any(around) else masks
                 parts.append(masks if own == masks.shape[0] else masks.repeat(own // masks.shape[0], 1, 1))
             else:
                 parts.append(self.table[p, :, None].expand(own, -1, tokens if size is not None else 1))

@@ -11,6 +11,9 @@ from cmlora.batch.placing import Placing
 from cmlora.batch.rows import Rows
 from cmlora.errors import RunError
 
+Around = tuple[tuple[int, int], ...]
+"""(before, behind): how many tokens of a sequence are no places of the image."""
+
 
 class Running:
     """The rows of the batch that is running; none outside a step.
@@ -23,6 +26,7 @@ class Running:
         self.owner: object = None  # the bank whose forwards are in force
         self.placing: Placing | None = None  # where the adapters of a slot act; None: everywhere
         self.size: tuple[int, int] | None = None  # height and width that the running tokens are places of
+        self.around: Around = ()  # tokens before and behind the places, of sequences that have more than those
 
     @contextmanager
     def these(self, rows: Rows) -> Iterator[None]:
@@ -43,22 +47,30 @@ class Running:
             self.placing = before
 
     @contextmanager
-    def at(self, size: tuple[int, int] | None) -> Iterator[None]:
-        """Tokens are places of an image of this size, for the length of a with block; None: they are no places."""
-        before, self.size = self.size, size
+    def at(self, size: tuple[int, int] | None, around: Around = ()) -> Iterator[None]:
+        """Tokens are places of an image of this size, for the length of a with block; None: they are no places.
+
+        A layer on the places alone is told by their number; so is one on a sequence of text and image, `around` being
+        what such sequences have before and behind the places: those tokens take all adapters whole.
+        """
+        before, self.size, self.around = (self.size, self.around), size, around
         try:
             yield
         finally:
-            self.size = before
+            self.size, self.around = before
 
     def weights(self, count: int, tokens: int, *, placeless: bool) -> Tensor | None:
         """[count, adapters, tokens] of a linear layer's adapters; None: all act everywhere."""
         if self.placing is None:
             return None
         assert self.rows is not None
-        size = self.size
-        on_places = size is not None and not placeless and size[0] * size[1] == tokens
-        return self.placing.weights(self.rows, count, size if on_places else None, tokens)
+        size, around = self.size, None
+        if size is not None and not placeless:
+            more = tokens - size[0] * size[1]
+            around = next((a for a in ((0, 0), *self.around) if sum(a) == more), None)
+        if around is None:
+            return self.placing.weights(self.rows, count, None, tokens)
+        return self.placing.weights(self.rows, count, size, tokens, around)
 
     def pixel_weights(self, count: int, size: tuple[int, int]) -> Tensor | None:
         """[count, adapters, height x width] of a convolution's adapters, `size` being its output's."""

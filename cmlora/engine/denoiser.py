@@ -122,7 +122,9 @@ class Denoiser:
         """The inputs, an adapter's own prompt in the conditional rows of its predictions."""
         if not self._prompts:
             return inputs
-        if not place.whole:
+        if place.conditional is False:
+            return inputs
+        if not place.whole and not place.conditional:
             raise RunError(
                 "prompts go into the conditional half of the guidance, which is only known in calls of diffusers' own "
                 "pipelines; call the pipeline"
@@ -146,7 +148,7 @@ class Denoiser:
             AdapterError, ConfigError: adapters that are missing, or named where they take no part.
         """
         config, several = self.config, self.config.method != "merge"
-        others, none_is_fine = elsewhere(self._pipe()), self._lenient and not first
+        others, none_is_fine = elsewhere(self._pipe(), self.family.attribute), self._lenient and not first
         choose = functools.partial(choose_adapters, self.module, several=several, elsewhere=others)
         if config.shared:
             choose(config.shared)
@@ -308,7 +310,7 @@ class Denoiser:
             return None
         probe, inputs = lane.probing(inputs)
         noise, full = self._predict(run, probe, step, inputs, index)
-        lane.routing.measure(self.batched.as_image(noise), probe.own, probe.halves)
+        lane.routing.measure(self.batched.as_image(noise, inputs), probe.own, probe.halves)
         return _record(probe, step, index, full, None)
 
     def _combination(self, run: Run, lane: Lane, step: Step, inputs: Inputs) -> Combiner | None:

@@ -19,7 +19,6 @@ from cmlora.batch.rows import Rows
 from cmlora.compose.plan import Step
 from cmlora.engine.budget import Strategy
 from cmlora.lora.layers import unseen
-from cmlora.lora.stacked import stack_projections
 from cmlora.models.family import Batched, Conditions
 
 LARGEST_BLOCK = 2**25 - 2**16
@@ -148,7 +147,7 @@ def peak_of_run(batched: Batched[Any, Any], shape: RunShape, strategy: Strategy)
     live = LiveBytes(shape.device)
     with torch.no_grad(), unseen(batched.module), FakeTensorMode(), live:
         traced.keep_prompt = strategy.keep_prompt
-        traced.stacked = stack_projections(batched.module, batched.running, batched.backend) if strategy.stack else {}
+        traced.stacked = batched.stack() if strategy.stack else {}
         inputs = shape.inputs.map(torch.empty_like)  # fake from here on
         timesteps = torch.empty(shape.steps, device=shape.device)
         conditions: dict[bool, Conditions] = {}

@@ -215,6 +215,9 @@ class Run:
                         "the model was called twice for one timestep with the same conditions; cmlora takes one call "
                         "per step, or one per guidance half (a sampler that evaluates a step twice cannot be followed)"
                     )
+        named = [lane for lane in waiting if lane.conditional is not None and lane.conditional == place.conditional]
+        if len(named) == 1:
+            return named[0]  # its prompt was changed in mid-run
         if self.lanes and self.lanes[0].shape != inputs.sample.shape:
             raise _changed(self.lanes[0].shape, inputs.sample.shape)
         self._must_be_a_half(inputs)

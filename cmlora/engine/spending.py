@@ -24,7 +24,7 @@ from cmlora.errors import RunError
 from cmlora.lora.bank import AdapterBank, build_bank, fill_bank
 from cmlora.lora.layers import install, uninstall
 from cmlora.lora.merged import Merging
-from cmlora.lora.stacked import fill_stacked, problems, stack_projections
+from cmlora.lora.stacked import fill_stacked, problems
 from cmlora.lora.winograd import Transforming
 from cmlora.models.family import Batched
 from cmlora_kernels import tiles
@@ -120,7 +120,7 @@ class Spending:
         """Have the copies of q, k and v, or not."""
         if wanted != bool(self.batched.stacked):
             self.merging.switch(False)
-            stacked = stack_projections(self.module, self.running, self.config.backend) if wanted else {}
+            stacked = self.batched.stack() if wanted else {}
             fill_stacked(stacked.values())
             self.batched.stacked, self.merging = stacked, Merging(self.module, stacked)
             self.captured.clear()

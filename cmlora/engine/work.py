@@ -50,4 +50,4 @@ class Work:
         assert weights is not None
         if not self.combine.takes_images:
             return self.combine(noise, weights), cache
-        return batched.as_noise(self.combine(batched.as_image(noise), weights)), cache
+        return batched.as_noise(self.combine(batched.as_image(noise, inputs), weights)), cache

@@ -17,12 +17,22 @@ from cmlora.errors import AdapterError
 from cmlora.lora.check import check, left_to_peft
 from cmlora.lora.plain import FLOATS, PLAIN
 
-REKEY = (
-    "the file's keys did not match this UNet. Keys must read 'unet.<layer>.lora_A.weight' or be in kohya's format; "
-    "to add a missing prefix: state = safetensors.torch.load_file(path); "
-    "pipe.load_lora_weights({'unet.' + k: v for k, v in state.items()}, adapter_name=...). "
-    "A LoRA made for another base model (SD2, SDXL) cannot be used"
-)
+
+def called(model: nn.Module) -> str:
+    """What users call a model."""
+    kind = type(model).__name__
+    return "UNet" if "UNet" in kind else "transformer" if "Transformer" in kind else kind
+
+
+def _rekey(model: nn.Module) -> str:
+    """What to do about a file that matched nothing."""
+    part = called(model).lower()
+    return (
+        f"the file's keys did not match this {called(model)}. Keys must read '{part}.<layer>.lora_A.weight' or be in "
+        "kohya's format; to add a missing prefix: state = safetensors.torch.load_file(path); "
+        f"pipe.load_lora_weights({{'{part}.' + k: v for k, v in state.items()}}, adapter_name=...). "
+        "A LoRA made for another base model cannot be used"
+    )
 
 
 @dataclass(frozen=True)
@@ -119,11 +129,11 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
     return [layer for _, layer in tuner_layers(model) if isinstance(layer, LoraLayer)]
 
 
-def elsewhere(pipe: Any) -> tuple[str, ...]:
-    """Adapters that the pipeline knows outside its UNet."""
+def elsewhere(pipe: Any, attribute: str) -> tuple[str, ...]:
+    """Adapters that the pipeline knows outside the model that it keeps as `attribute`."""
     if not hasattr(pipe, "get_list_adapters"):
         return ()
-    return tuple(name for part, names in pipe.get_list_adapters().items() if part != "unet" for name in names)
+    return tuple(name for part, names in pipe.get_list_adapters().items() if part != attribute for name in names)
 
 
 def loaded_adapters(model: nn.Module) -> tuple[str, ...]:
@@ -153,10 +163,10 @@ def choose_adapters(
     state means all of them; any other choice of `pipe.set_adapters` is taken as it is.
 
     Args:
-        model: the UNet.
+        model: the UNet or transformer.
         wanted: names, or None.
         several: whether the method composes several adapters.
-        elsewhere: adapters known to the pipeline outside the UNet, for a better message.
+        elsewhere: adapters known to the pipeline outside the model, for a better message.
         lenient: none at all is no error: the base model.
 
     Raises:
@@ -168,25 +178,26 @@ def choose_adapters(
         names = loaded
     for name in names:
         if name not in loaded:
-            raise AdapterError(_missing(name, loaded, elsewhere))
+            raise AdapterError(_missing(model, name, loaded, elsewhere))
     if lenient and wanted is None:
         return names
     if not names and loaded:
         raise AdapterError(f"no adapter is active; choose among {', '.join(loaded)} with pipe.set_adapters([...])")
     if not names:
         raise AdapterError(
-            "the UNet carries no LoRA layer: load one with pipe.load_lora_weights(..., adapter_name=...). "
-            f"If you did, {REKEY}. One that was fused and unloaded is part of the base model by now: to compose it, "
-            "load it again into a fresh pipeline"
+            f"the {called(model)} carries no LoRA layer: load one with pipe.load_lora_weights(..., adapter_name=...). "
+            f"If you did, {_rekey(model)}. One that was fused and unloaded is part of the base model by now: to "
+            "compose it, load it again into a fresh pipeline"
         )
     return names
 
 
-def _missing(name: str, loaded: Sequence[str], elsewhere: Sequence[str]) -> str:
-    known = f"the UNet's adapters are {', '.join(loaded) or 'none'}"
+def _missing(model: nn.Module, name: str, loaded: Sequence[str], elsewhere: Sequence[str]) -> str:
+    known = f"the {called(model)}'s adapters are {', '.join(loaded) or 'none'}"
     if name in elsewhere:
         return f"adapter {name!r} changes only the text encoder, which needs no composition; {known}"
-    return f"adapter {name!r} changed no layer of the UNet ({known}): it was not loaded or deleted, or {REKEY}"
+    how = f"it was not loaded or deleted, or {_rekey(model)}"
+    return f"adapter {name!r} changed no layer of the {called(model)} ({known}): {how}"
 
 
 def build_bank(
@@ -195,7 +206,7 @@ def build_bank(
     """Room for the adapters of every layer; `fill_bank` puts them in.
 
     Args:
-        model: the UNet with PEFT layers.
+        model: with PEFT layers.
         recipes: what the slots stand for, in order.
         device: where the stacked tensors live.
         lenient: what the model as it stands would compute, for a single recipe of its active adapters: in every layer

@@ -8,10 +8,14 @@ from torch import nn
 
 from cmlora.errors import UnsupportedModelError
 from cmlora.lora.foreign import must_stay
+from cmlora.models.dit.flux import FluxFamily
+from cmlora.models.dit.qwen import QwenFamily
+from cmlora.models.dit.sd3 import SD3Family
+from cmlora.models.dit.z_image import ZImageFamily
 from cmlora.models.family import Family
 from cmlora.models.unet.family import UNetFamily
 
-FAMILIES: list[Family] = [UNetFamily()]
+FAMILIES: list[Family] = [UNetFamily(), FluxFamily(), SD3Family(), QwenFamily(), ZImageFamily()]
 """All that are known; the first that owns a pipeline's module takes it."""
 
 

@@ -39,11 +39,16 @@ def calling_pipeline(names: Sequence[str]) -> tuple[Any, bool]:
     Args:
         names: of classes in diffusers whose __call__ is known.
     """
+    call, by_itself = calling_frame(names)
+    return (None if call is None else call.f_locals["self"]), by_itself
+
+
+def calling_frame(names: Sequence[str]) -> tuple[FrameType | None, bool]:
+    """As `calling_pipeline`, with the frame of that __call__: its local variables say what it passes."""
     frame = direct = _caller()
     while frame is not None:
-        pipe = _pipeline_of(frame, names)
-        if pipe is not None:
-            return pipe, frame is direct
+        if _pipeline_of(frame, names) is not None:
+            return frame, frame is direct
         frame = frame.f_back
     return None, False
 

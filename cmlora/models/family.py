@@ -21,7 +21,7 @@ from cmlora.batch.rows import Rows, Shared, pick, whole
 from cmlora.batch.running import Running
 from cmlora.config import CMLoRAConfig
 from cmlora.errors import ConfigError
-from cmlora.lora.stacked import StackedProjection
+from cmlora.lora.stacked import StackedProjection, stack_projections
 from cmlora_kernels import scatter_rows
 from cmlora_kernels.layout import dense_format
 
@@ -135,13 +135,21 @@ class Batched(ABC, Generic[I, C]):
     def latents(self, inputs: I) -> Tensor:
         """[own rows, channels, height, width] what is denoised, for the spectrum; channels of the noise alone."""
 
-    def as_image(self, noise: Tensor) -> Tensor:
-        """Predictions as [rows, channels, height, width], for masks; a view."""
+    def as_image(self, noise: Tensor, inputs: I) -> Tensor:
+        """Predictions as [rows, channels, height, width], for masks."""
         return noise
 
     def as_noise(self, image: Tensor) -> Tensor:
         """The way back of `as_image`."""
         return image
+
+    def feature_map(self, cache: Tensor, inputs: I) -> Tensor:
+        """Cached features as [rows, channels, height, width], for their spectrum."""
+        return cache
+
+    def stack(self) -> dict[nn.Module, StackedProjection]:
+        """q, k and v of one x as one launch each, with copies of their weights; {}: they are not worth the memory."""
+        return stack_projections(self.module, self.running, self.backend)
 
     def placeless(self) -> set[nn.Module]:
         """Layers whose tokens are never places of the image: what makes the prompt's keys and values."""

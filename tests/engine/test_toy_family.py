@@ -90,9 +90,9 @@ class ToyBatched(Batched):
         return ToyPart(self, inputs, rows)
 
     def latents(self, inputs):
-        return self.as_image(inputs.sample)
+        return self.as_image(inputs.sample, inputs)
 
-    def as_image(self, noise):
+    def as_image(self, noise, inputs):
         return noise.transpose(1, 2).unflatten(2, (4, 4))
 
     def as_noise(self, image):

@@ -28,6 +28,7 @@ from cmlora.lora.layers import carrying, forward_of, untouched
 from cmlora.lora.plain import hooked, unhooked
 from cmlora.lora.stacked import StackedProjection
 from cmlora.models.family import Conditions
+from cmlora.models.prompts import by_prediction
 
 
 @dataclass
@@ -206,7 +207,7 @@ class UNetConditions(Conditions):
         if prompts is None:
             return whole(Shared(own, False, True), rows)
         return pick(
-            _by_prediction(own, [None if p is None else p["encoder_hidden_states"] for p in prompts], everyone),
+            by_prediction(own, [None if p is None else p["encoder_hidden_states"] for p in prompts], everyone),
             rows.index,
         )
 
@@ -214,7 +215,7 @@ class UNetConditions(Conditions):
         """[rows, width] SDXL's pooled prompt of some rows, `own` being the pipeline's."""
         prompts = self.prompts or ()
         return pick(
-            _by_prediction(own, [None if p is None else p["text_embeds"] for p in prompts], everyone), rows.index
+            by_prediction(own, [None if p is None else p["text_embeds"] for p in prompts], everyone), rows.index
         )
 
     def _project(self, attention: Any, rows: Rows, everyone: Rows) -> Tensor:
@@ -231,12 +232,6 @@ class UNetConditions(Conditions):
         return sum(kept.nbytes for kept, _ in self._keys_values.values()) + (
             0 if self.times is None else self.times.nbytes
         )
-
-
-def _by_prediction(own: Tensor, given: Sequence[Tensor | None], everyone: Rows) -> Tensor:
-    """[all rows, ...]: what was given for a prediction, else the pipeline's own."""
-    chosen = (given[p] for p in everyone.positions or range(everyone.predictions))
-    return torch.cat([own if prompt is None else prompt for prompt in chosen])
 
 
 def _as_written(module: nn.Module) -> bool:

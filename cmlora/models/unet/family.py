@@ -15,7 +15,9 @@ from cmlora.batch.running import Running
 from cmlora.config import CMLoRAConfig
 from cmlora.errors import ConfigError, RunError
 from cmlora.models.caller import calling_pipeline
+from cmlora.models.clock import index_in
 from cmlora.models.family import Call, Family, Place
+from cmlora.models.prompts import own_rows
 from cmlora.models.unet.blocks import check_supported
 from cmlora.models.unet.conditions import UNetInputs
 from cmlora.models.unet.step import BatchedUNet
@@ -70,7 +72,7 @@ class UNetFamily(Family):
         own = {"encoder_hidden_states": inputs.encoder_hidden_states}
         if "text_embeds" in (inputs.added_cond_kwargs or {}):
             own["text_embeds"] = (inputs.added_cond_kwargs or {})["text_embeds"]
-        return tuple(p and {key: _own_rows(key, t, p, images) for key, t in own.items()} for p in prompts)
+        return tuple(p and {key: own_rows(key, t, p, images) for key, t in own.items()} for p in prompts)
 
     def read(self, arguments: Mapping[str, Any]) -> Call:
         given = dict(arguments)
@@ -84,7 +86,7 @@ class UNetFamily(Family):
     def place(self, pipe: Any, scheduler: Any, call: Call) -> Place:
         """By where the timestep lies in memory: pipelines pass the elements of `scheduler.timesteps` on."""
         timestep, schedule = call.inputs.timestep, getattr(scheduler, "timesteps", None)
-        index, guider = _index_in(schedule, timestep), getattr(pipe, "guider", None)
+        index, guider = index_in(schedule, timestep), getattr(pipe, "guider", None)
         if getattr(guider, "_timestep", None) is not timestep:
             guider = None  # what it was told is not of this call
         if index is None:
@@ -117,31 +119,8 @@ class UNetFamily(Family):
         return UNet2DConditionOutput(sample=noise) if call.return_dict else (noise,)
 
 
-def _index_in(schedule: Any, timestep: Any) -> int | None:
-    """Where a timestep lies in a schedule, by memory; None: elsewhere."""
-    if not isinstance(timestep, Tensor) or not isinstance(schedule, Tensor):
-        return None
-    if timestep.untyped_storage()._cdata != schedule.untyped_storage()._cdata:
-        return None
-    return int(timestep.storage_offset() - schedule.storage_offset())
-
-
 def _guiders_step(guider: Any, schedule: Any) -> int | None:
     """The step that a modular pipeline told its guider of just before this call; None: none, or of a part of it."""
     if guider is None or not isinstance(schedule, Tensor) or guider._num_inference_steps != schedule.shape[0]:
         return None
     return int(guider._step)
-
-
-def _own_rows(key: str, own: Tensor, prompt: Mapping[str, Tensor], images: int) -> Tensor:
-    """The pipeline's rows with an adapter's prompt in the last `images` of them, the conditional half."""
-    given = prompt.get(key)
-    if given is None:
-        raise ConfigError(f"prompts must be pairs of embeddings and pooled ones for this model: there are no {key}")
-    if given.shape[1:] != own.shape[1:] or given.shape[0] not in (1, images):
-        raise ConfigError(
-            f"prompts must be {key} [1 or {images}, {', '.join(map(str, own.shape[1:]))}] as the pipeline's own are, "
-            f"got {tuple(given.shape)}"
-        )
-    given = given.to(own).expand(images, *given.shape[1:])
-    return torch.cat([own[: own.shape[0] - images], given])
