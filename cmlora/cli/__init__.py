@@ -5,7 +5,8 @@ from __future__ import annotations
 import typer
 
 import cmlora.cli.draw
-import cmlora.cli.measure  # noqa: F401  # these two register their commands
+import cmlora.cli.laboratory
+import cmlora.cli.measure  # noqa: F401  # these register their commands
 from cmlora.cli.base import app
 from cmlora.errors import CMLoRAError
 
