@@ -21,7 +21,7 @@ from cmlora.lab.sweep.folder import Folder, picture_path, read_manifest, read_pu
 from cmlora.lab.sweep.info import find_sets, parse_info, read_info
 from cmlora.lab.sweep.jobs import Job, make_units
 from cmlora.lab.sweep.options import make_sweep
-from cmlora.lab.sweep.run import Place, run
+from cmlora.lab.sweep.run import Place, run, run_on_ray
 from cmlora.lab.sweep.settings import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,3 +228,25 @@ def test_a_manifest_outlives_a_broken_record(unbroken, tmp_path):
     assert Folder(tmp_path / "copy", "own", "none").write_manifest(jobs) == 1
     assert len(read_manifest(tmp_path / "copy")) == len(jobs) - 1
     assert json.loads((tmp_path / "copy" / "sweep.json").read_text())["files"]
+
+
+def test_an_interrupt_leaves_a_manifest_and_ray_is_asked_for(tmp_path, monkeypatch):
+    drawn = []
+
+    class Interrupted:
+        def __init__(self, *_):
+            pass
+
+        def draw(self, job):
+            if len(drawn) == 2:
+                raise KeyboardInterrupt
+            drawn.append(job)
+            return b"", {}
+
+    monkeypatch.setattr("cmlora.lab.sweep.run.Studio", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(small(), tmp_path, Place())
+    assert len(read_manifest(tmp_path)) == 2
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(CMLoRAError, match=r"pip install 'cmlora\[ray\]'"):
+        run_on_ray(small(), tmp_path, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -55,13 +56,15 @@ class Report:
     there: int = 0
     missing: int = 0
     others: list[str] = field(default_factory=list)
+    alone: bool = True
 
     def __str__(self) -> str:
         lines = [f"{self.drawn} pictures drawn, {self.there} were there, {self.missing} are missing"]
         if self.others:
             lines.append(f"of those that were there, some were drawn elsewhere: {'; '.join(self.others)}")
         if self.missing:
-            lines.append("the same command draws what is missing")
+            waiting = "" if self.alone else "other processes may be at it; if not, "
+            lines.append(f"{waiting}the same command draws what is missing")
         return "\n".join(lines)
 
 
@@ -82,6 +85,7 @@ def missing_jobs(sweep: Sweep, folder: Folder, unit: Sequence[Job], others: set[
     """Those of a set that are not there, whole.
 
     Args:
+        alone: whether no other process draws for the same sweep.
         others: versions that pictures were drawn with, where they are not ours, are added to it.
     """
     found = []
@@ -128,7 +132,7 @@ def run(sweep: Sweep, out: Path, place: Place | None = None) -> Report:
     units = make_units(sweep)
     jobs = [job for unit in units for job in unit]
     own = units[place.rank :: place.of]
-    report = Report()
+    report = Report(alone=place.of == 1)
     worker = Worker(sweep, folder, place.device)
     bar = tqdm(total=sum(map(len, own)), desc=f"sweep {place.rank}" if place.of > 1 else "sweep", mininterval=2.0)
     try:
@@ -178,18 +182,18 @@ def run_on_ray(sweep: Sweep, out: Path, workers: int, address: str | None = None
         Studio(sweep, ids, "cpu")  # what does not fit is told of here
     started = not ray.is_initialized()
     if started:
-        ray.init(address=address, log_to_driver=False, include_dashboard=False)
+        ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
     report = Report(there=sum(map(len, units)))
     try:
         gpus = ray.cluster_resources().get("GPU", 0)
-        ray.data.DataContext.get_current().enable_progress_bars = True
-        rows = ray.data.range(len(units), override_num_blocks=len(units)).map_batches(
+        rows = ray.data.from_items([{"id": i} for i in range(len(units))], override_num_blocks=len(units)).map_batches(
             _Actor,
             fn_constructor_args=(sweep, str(out.resolve())),
             batch_size=1,
             concurrency=workers,
             num_gpus=1 if gpus else 0,
-            num_cpus=0 if gpus else 1,
+            num_cpus=0 if gpus else 0.5,  # a machine with as many cores as actors has some left for Ray's own tasks
         )
         report.drawn = sum(row["drawn"] for row in rows.iter_rows())
         report.there -= report.drawn

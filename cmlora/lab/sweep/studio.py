@@ -61,8 +61,9 @@ def digests(files: Mapping[str, Path]) -> dict[str, str]:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of the packages that pictures depend on."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    """Of the packages that pictures depend on; on the CPU their last bits depend on the number of threads, too."""
+    threads = {} if torch.cuda.is_available() else {"threads": str(torch.get_num_threads())}
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}, **threads}
 
 
 def _version(package: str) -> str:
