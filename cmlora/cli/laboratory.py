@@ -1,4 +1,4 @@
-"""`cmlora sweep`: a test bed with every method."""
+"""`cmlora sweep` draws a test bed with every method, `cmlora score` scores it."""
 
 from __future__ import annotations
 
@@ -72,3 +72,38 @@ def sweep(
     except KeyboardInterrupt:
         typer.echo(f"stopped; the same command goes on: what is drawn lies in {out}", err=True)
         raise typer.Exit(130) from None
+
+
+@app.command()
+def score(
+    folder: Annotated[Path, typer.Argument(help="Of a sweep, or in a published layout.", exists=True, file_okay=False)],
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME[=MODEL]: detector, clip, clip-image, dino, imagereward, hpsv2; MODEL: folder or hub id; repeat."
+        ),
+    ] = None,
+    loras: Annotated[str | None, typer.Option(help="INFO.json of a folder without a manifest.")] = None,
+    style: Annotated[str, typer.Option(help="Of the prompts of such a folder.")] = "none",
+    out: Annotated[Path | None, typer.Option(help="Folder of the scores; default: FOLDER/scores.")] = None,
+    reference: Annotated[str, typer.Option(help="What the others are compared with.")] = "merge",
+    tie: Annotated[float, typer.Option(min=0, help="A difference of at most so much is a tie.")] = 0.0,
+) -> None:
+    """Score pictures: a line of JSON per picture and metric, tables with intervals over sets, and plots."""
+    from cmlora.lab.score import plot, run, tables  # plot before the work: it may lack matplotlib
+    from cmlora.lab.score.pictures import read_shots
+
+    shots = read_shots(folder, loras, style)
+    target = out or folder / "scores"
+    found = run.score(shots, target, dict(run.parse_metric(text) for text in metric or ["detector"]))
+    parts = [f"{len(shots)} pictures. Means and 95 % bootstrap intervals over sets of LoRAs.", ""]
+    for name, scores in found.items():
+        columns = tables.columns(shots, name, scores)
+        for column in columns:
+            parts += [tables.table(column), "", tables.versus_table(column, reference, tie), ""]
+        if columns:
+            plot.plot_columns(columns, target / f"{name}.png")
+    text = "\n".join(parts)
+    (target / "scores.md").write_text(text)
+    typer.echo(text)
+    typer.echo(f"wrote {target}/scores.md and, for each metric, its .jsonl and .png")
