@@ -108,12 +108,9 @@ class Similarity:
 
     batch = 16
 
-    def __init__(self, name: str, shots: Sequence[Shot], features: Callable[[Sequence[Shot]], Tensor]) -> None:
+    def __init__(self, solo: Sequence[Shot], features: Callable[[Sequence[Shot]], Tensor]) -> None:
         self.features = features
         self.solo: dict[str, list[tuple[str, Tensor]]] = {}
-        solo = [shot for shot in shots if shot.kind == "solo"]
-        if not solo:
-            raise CMLoRAError(f"metric {name} needs the LoRAs' solo pictures: `cmlora sweep` draws them")
         for shot, row in zip(solo, features(solo), strict=True):
             self.solo.setdefault(shot.loras[0], []).append((shot.file, row))
 
@@ -130,22 +127,31 @@ class Similarity:
         return Marks({"similarity": float(np.mean(list(loras.values())))}, loras)
 
 
+def _solo(name: str, shots: Sequence[Shot]) -> list[Shot]:
+    solo = [shot for shot in shots if shot.kind == "solo"]
+    if not solo:
+        raise CMLoRAError(f"metric {name} needs the LoRAs' solo pictures: `cmlora sweep` draws them")
+    return solo
+
+
 def _clip_image(model: str, shots: Sequence[Shot]) -> Metric:
     from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
 
+    solo = _solo("clip-image", shots)
     model = model or "openai/clip-vit-base-patch16"
     vision = _load("clip-image", model, CLIPVisionModelWithProjection.from_pretrained).eval()
     pixels = _load("clip-image", model, AutoImageProcessor.from_pretrained)
-    return Similarity("clip-image", shots, _features(pixels, lambda x: vision(pixel_values=x).image_embeds))
+    return Similarity(solo, _features(pixels, lambda x: vision(pixel_values=x).image_embeds))
 
 
 def _dino(model: str, shots: Sequence[Shot]) -> Metric:
     from transformers import AutoImageProcessor, AutoModel
 
+    solo = _solo("dino", shots)
     model = model or "facebook/dinov2-base"
     vision = _load("dino", model, AutoModel.from_pretrained).eval()
     pixels = _load("dino", model, AutoImageProcessor.from_pretrained)
-    return Similarity("dino", shots, _features(pixels, lambda x: vision(pixel_values=x).last_hidden_state[:, 0]))
+    return Similarity(solo, _features(pixels, lambda x: vision(pixel_values=x).last_hidden_state[:, 0]))
 
 
 def _features(pixels: Any, embed: Callable[[Tensor], Tensor]) -> Callable[[Sequence[Shot]], Tensor]:
@@ -213,7 +219,7 @@ def _package(metric: str, module: str, package: str) -> Any:
 def _load(metric: str, model: str, load: Callable[[str], Any]) -> Any:
     try:
         return load(model)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise CMLoRAError(
             f"metric {metric}: model {model!r} cannot be loaded; give --metric {metric}=FOLDER, or a hub id while "

@@ -45,7 +45,7 @@ def parse_name(stem: str, sets: Mapping[str, tuple[Lora, ...]]) -> tuple[str, tu
         stem: of the file. sets: by their ids joined with _. CMLoRA writes "naive{ids}" for the base model.
     """
     ids = "|".join(sorted(map(re.escape, sets), key=len, reverse=True))
-    found = re.fullmatch(rf"(?:(?P<method>[\w.-]+?)_|(?P<naive>naive)_?)(?P<ids>{ids}){TAIL}", stem)
+    found = re.fullmatch(rf"(?:naive_?|(?P<method>[\w.-]+?)_)(?P<ids>{ids}){TAIL}", stem)
     if found is None:
         return None
     method = found["method"] or "naive"
