@@ -1,4 +1,4 @@
-"""`cmlora sweep` draws a test bed with every method, `cmlora score` scores it."""
+"""`cmlora sweep` draws a test bed with every method, `cmlora score` scores it, `cmlora judge` compares two methods."""
 
 from __future__ import annotations
 
@@ -107,3 +107,66 @@ def score(
     (target / "scores.md").write_text(text)
     typer.echo(text)
     typer.echo(f"wrote {target}/scores.md and, for each metric, its .jsonl and .png")
+
+
+@app.command()
+def judge(
+    folder: Annotated[Path, typer.Argument(help="Of a sweep, or in a published layout.", exists=True, file_okay=False)],
+    methods: Annotated[
+        str, typer.Option(help='Two, with a comma: "merge,routed"; with intervals: "merge, interval 2".')
+    ],
+    url: Annotated[str | None, typer.Option(help="Of an OpenAI-compatible endpoint, up to /v1.")] = None,
+    model: Annotated[str | None, typer.Option(help="The endpoint's, or without --url a folder or hub id.")] = None,
+    key_env: Annotated[str | None, typer.Option(help="Environment variable with the endpoint's key.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer.")] = 120.0,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds before asking again; doubled each time.")] = 1.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many pairs.")] = None,
+    export: Annotated[Path | None, typer.Option(help="Folder to write for people, instead of asking.")] = None,
+    import_: Annotated[
+        Path | None, typer.Option("--import", help="A ratings.csv that a person filled in; key.json beside it.")
+    ] = None,
+    loras: Annotated[str | None, typer.Option(help="INFO.json of a folder without a manifest.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the judgements; default: FOLDER/judge.")] = None,
+) -> None:
+    """Compare two methods pair by pair, in both orders, by a vision-language model or by people."""
+    from cmlora.lab.judge import people, run, verdicts
+    from cmlora.lab.judge.models import Endpoint, Judge, Local
+    from cmlora.lab.score.pictures import read_shots
+
+    a, b = run.split_methods(methods)
+    pairs = run.find_pairs(read_shots(folder, loras), a, b)[:limit]
+    target = out or folder / "judge"
+    path = target / f"{run.file_name(a)}_{run.file_name(b)}.jsonl"
+    if export is not None:
+        for written in people.export_pairs(pairs, export):
+            typer.echo(f"wrote {written}")
+        return
+    if import_ is not None:
+        records = people.import_ratings(import_, import_.with_name(people.KEY), import_.stem)
+        run.add_records(path, records)
+    else:
+        if model is None:
+            raise typer.BadParameter("--model, with --url for an endpoint's; or --export, or --import")
+        who: Judge = Endpoint(url, model, key_env, timeout) if url else Local(model)
+        records = run.judge(pairs, who, path, wait=wait)
+    typer.echo(verdicts.table(records, a, b))
+    typer.echo(f"wrote {path}")
+
+
+@app.command()
+def spectra(
+    images: Annotated[
+        list[Path], typer.Argument(help="Image files, folders of them, or a sweep's folder.", exists=True)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of plots and numbers.", file_okay=False)] = Path("cmlora-spectra"),
+    cutoff: Annotated[float, typer.Option(help="High is what lies beyond this share of the largest radius.")] = 0.2,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Two image files of one size: where they differ.")
+    ] = None,
+) -> None:
+    """Radial spectra of pictures, how much high frequency is in each, and LoRAs or methods ranked by it."""
+    from cmlora.lab.spectra_plot import write_spectra
+
+    for path in write_spectra(images, out, cutoff, compare):
+        typer.echo(f"wrote {path}")
+    typer.echo((out / "spectra.md").read_text())
