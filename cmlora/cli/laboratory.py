@@ -1,4 +1,4 @@
-"""`cmlora sweep` draws a test bed with every method, `cmlora score` scores it, `cmlora judge` compares two methods."""
+"""`cmlora sweep` draws a test bed; `score`, `judge` and `spectra` look at it; `ui` is a page to play with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cmlora.cli.base import app
+from cmlora import sprites
+from cmlora.cli.base import LoraFile, app, load
 
 
 @app.command()
@@ -170,3 +171,26 @@ def spectra(
     for path in write_spectra(images, out, cutoff, compare):
         typer.echo(f"wrote {path}")
     typer.echo((out / "spectra.md").read_text())
+
+
+@app.command()
+def ui(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a diffusers pipeline; default: the shipped one.", exists=True, file_okay=False),
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="FILE[:WEIGHT][=NAME]; repeat; default: the shipped ones.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="To begin with.")] = "",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="On this machine alone.")] = 7860,
+) -> None:
+    """A page on this machine: pick LoRAs and weights, draw regions, see picture, masks, who dominated, seconds."""
+    from cmlora.lab.ui import Composer, make_page
+
+    files = [LoraFile.parse(text) for text in lora or (sprites.CONCEPTS if model is None else ())]
+    pipe = load(model or Path(sprites.model_path()), files)
+    shipped = model is None and not prompt
+    begin = "a zebrin creature, wearing a tophat, sketch style" if shipped else prompt
+    page = make_page(Composer(pipe, tuple(file.name for file in files)), begin, 4.0 if model is None else 7.5)
+    page.launch(server_name="127.0.0.1", server_port=port)
