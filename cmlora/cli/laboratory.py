@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,8 +36,9 @@ def sweep(
     width: Annotated[int | None, typer.Option(help="Pixels; default: the preset's or the model's.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="model (its own) or dpmsolver++.")] = None,
     layout: Annotated[str | None, typer.Option(help="Names of the files: own, composition or cmlora.")] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="On a Ray cluster (RAY_ADDRESS), or a local one.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Of --ray: actors.")] = 1,
+    ray: Annotated[
+        int, typer.Option(min=0, help="Actors on a Ray cluster (RAY_ADDRESS), or a local one; 0: none.")
+    ] = 0,
 ) -> None:
     """Draw a test bed: every set of LoRAs with every method, from the same noise; resumable, on one GPU or many.
 
@@ -46,6 +47,8 @@ def sweep(
     from cmlora.lab.sweep import run
     from cmlora.lab.sweep.options import make_sweep
 
+    drawing: dict[str, Any] = {"steps": steps, "guidance": guidance, "scale": scale, "scheduler": scheduler}
+    drawing |= {"height": height, "width": width}
     made = make_sweep(
         loras=loras,
         lora_dir=lora_dir,
@@ -59,20 +62,9 @@ def sweep(
         seeds=seeds,
         limit=limit,
         layout=layout,
-        drawing={
-            "steps": steps,
-            "guidance": guidance,
-            "scale": scale,
-            "height": height,
-            "width": width,
-            "scheduler": scheduler,
-        },
+        drawing=drawing,
     )
-    try:
-        typer.echo(run.run_on_ray(made, out, workers) if ray else run.run(made, out))
-    except KeyboardInterrupt:
-        typer.echo(f"stopped; the same command goes on: what is drawn lies in {out}", err=True)
-        raise typer.Exit(130) from None
+    typer.echo(run.run_on_ray(made, out, ray) if ray else run.run(made, out))
 
 
 @app.command()

@@ -6,7 +6,7 @@ What the page does is `Composer.draw`; the rest is where things stand on it.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from cmlora.accelerate import accelerated, summary
-from cmlora.config import CMLoRAConfig
 from cmlora.errors import CMLoRAError
 from cmlora.lab.pictures import masks_over, timeline
 
 METHODS = ("routed", "merge", "cmlora", "composite", "switch", "no_lora")
+INTERVAL = 2
 WITH_REGIONS = ("routed", "cmlora", "composite")
 
 
@@ -57,7 +57,7 @@ class Composer:
         steps: int = 20,
         guidance: float = 4.0,
         seed: int = 0,
-        interval: int = CMLoRAConfig.cache_interval,
+        interval: int = INTERVAL,
     ) -> Drawn:
         """One picture.
 
@@ -101,7 +101,7 @@ def region_of(drawn: Mapping[str, Any] | None) -> Tensor | None:
 
 
 def make_page(composer: Composer, prompt: str, guidance: float) -> Any:
-    """The gradio page; `.launch()` serves it."""
+    """The gradio page; `.launch()` serves it. prompt, guidance: to begin with."""
     try:
         import gradio as gr
     except ImportError as error:
@@ -113,61 +113,74 @@ def make_page(composer: Composer, prompt: str, guidance: float) -> Any:
         gr.Markdown("# cmlora: several LoRAs in one image")
         with gr.Row():
             with gr.Column():
-                words = gr.Textbox(prompt, label="Prompt", lines=2)
-                negative = gr.Textbox("", label="Negative prompt")
-                chosen = gr.CheckboxGroup(names, value=names[:3], label="LoRAs")
-                sliders = []
-                with gr.Accordion("Weights", open=False):
-                    sliders = [gr.Slider(0, 2, 1, step=0.05, label=name) for name in names]
-                method = gr.Dropdown(list(METHODS), value=METHODS[0], label="Method")
-                with gr.Row():
-                    steps = gr.Slider(1, 100, 20, step=1, label="Steps")
-                    scale = gr.Slider(1, 15, guidance, step=0.5, label="Guidance")
-                    interval = gr.Slider(1, 10, CMLoRAConfig.cache_interval, step=1, label="Cache interval")
-                    seed = gr.Number(0, precision=0, label="Seed")
-                with gr.Accordion("Draw where a LoRA acts", open=False):
-                    whose = gr.Dropdown(names, value=names[0], label="Whose region")
-                    canvas = gr.ImageEditor(label="Paint", type="numpy", height=320)
-                    with gr.Row():
-                        keep, forget = gr.Button("Use as its region"), gr.Button("Forget all regions")
-                    told = gr.Markdown("No regions.")
+                inputs = _inputs(gr, names, prompt, guidance)
+                _painting(gr, names, regions)
                 button = gr.Button("Draw", variant="primary")
             with gr.Column():
-                image = gr.Image(label="Picture", type="pil", format="png")
-                masks = gr.Image(label="Where each LoRA acts", type="pil", format="png")
-                run = gr.Image(label="Who dominated, step by step", type="pil", format="png")
-                text = gr.Textbox(label="What ran", lines=12)
+                labels = ("Picture", "Where each LoRA acts", "Who dominated, step by step")
+                outputs = [gr.Image(label=label, type="pil", format="png") for label in labels]
+                outputs.append(gr.Textbox(label="What ran", lines=12))
 
-        def draw(*given: Any) -> tuple[Any, ...]:
-            prompt, negative, chosen, method, steps, scale, interval, seed, regions, *weights = given
-            every = dict(zip(names, weights, strict=True))
+        def draw(regions: dict[str, Tensor], *given: Any) -> tuple[Any, ...]:
             try:
-                made = composer.draw(
-                    prompt,
-                    {name: every[name] for name in names if name in chosen},
-                    method,
-                    regions,
-                    negative=negative,
-                    steps=int(steps),
-                    guidance=float(scale),
-                    seed=int(seed),
-                    interval=int(interval),
-                )
+                return _draw(composer, regions, *given)
             except CMLoRAError as error:
                 raise gr.Error(str(error)) from None
-            return made.image, made.masks, made.run, made.text
 
-        def use(name: str, drawn: Any, regions: dict[str, Tensor]) -> tuple[Any, str]:
-            mask = region_of(drawn)
-            if mask is None:
-                raise gr.Error("nothing is painted")
-            return _told({**regions, name: mask})
-
-        inputs = [words, negative, chosen, method, steps, scale, interval, seed, regions, *sliders]
-        button.click(draw, inputs, [image, masks, run, text])
-        keep.click(use, [whose, canvas, regions], [regions, told])
-        forget.click(lambda: _told({}), None, [regions, told])
+        button.click(draw, [regions, *inputs], outputs)
     return page
+
+
+def _inputs(gr: Any, names: Sequence[str], prompt: str, guidance: float) -> list[Any]:
+    """What `_draw` takes behind the regions, in its order."""
+    words = gr.Textbox(prompt, label="Prompt", lines=2)
+    negative = gr.Textbox("", label="Negative prompt")
+    chosen = gr.CheckboxGroup(names, value=names[:3], label="LoRAs")
+    with gr.Accordion("Weights", open=False):
+        weights = [gr.Slider(0, 2, 1, step=0.05, label=name) for name in names]
+    method = gr.Dropdown(list(METHODS), value=METHODS[0], label="Method")
+    with gr.Row():
+        steps = gr.Slider(1, 100, 20, step=1, label="Steps")
+        scale = gr.Slider(1, 15, guidance, step=0.5, label="Guidance")
+        interval = gr.Slider(1, 10, INTERVAL, step=1, label="Cache interval")
+        seed = gr.Number(0, precision=0, label="Seed")
+    return [words, negative, chosen, method, steps, scale, interval, seed, *weights]
+
+
+def _draw(composer: Composer, regions: dict[str, Tensor], *given: Any) -> tuple[Any, ...]:
+    prompt, negative, chosen, method, steps, guidance, interval, seed, *weights = given
+    every = dict(zip(composer.names, weights, strict=True))
+    made = composer.draw(
+        prompt,
+        {name: every[name] for name in composer.names if name in chosen},
+        method,
+        regions,
+        negative=negative,
+        steps=int(steps),
+        guidance=float(guidance),
+        seed=int(seed),
+        interval=int(interval),
+    )
+    return made.image, made.masks, made.run, made.text
+
+
+def _painting(gr: Any, names: Sequence[str], regions: Any) -> None:
+    """A canvas for the region of one LoRA at a time."""
+    with gr.Accordion("Draw where a LoRA acts", open=False):
+        whose = gr.Dropdown(names, value=names[0], label="Whose region")
+        canvas = gr.ImageEditor(label="Paint", type="numpy", height=320)
+        with gr.Row():
+            keep, forget = gr.Button("Use as its region"), gr.Button("Forget all regions")
+        told = gr.Markdown("No regions.")
+
+    def use(name: str, drawn: Any, regions: dict[str, Tensor]) -> tuple[Any, str]:
+        mask = region_of(drawn)
+        if mask is None:
+            raise gr.Error("nothing is painted")
+        return _told({**regions, name: mask})
+
+    keep.click(use, [whose, canvas, regions], [regions, told])
+    forget.click(lambda: _told({}), None, [regions, told])
 
 
 def _told(regions: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:

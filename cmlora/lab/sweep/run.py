@@ -174,7 +174,7 @@ def run_on_ray(sweep: Sweep, out: Path, workers: int, address: str | None = None
     try:
         import ray
     except ImportError as error:
-        raise CMLoRAError("--ray needs Ray: pip install 'cmlora[ray]'") from error
+        raise CMLoRAError("--ray N needs Ray: pip install 'cmlora[ray]'") from error
     folder = open_folder(sweep, out.resolve())
     units = make_units(sweep)
     ids = list(dict.fromkeys(name for unit in units for job in unit for name in job.ids))
