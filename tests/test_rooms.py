@@ -113,7 +113,7 @@ def is_file(name: str) -> bool:
 
 def test_every_room_has_a_rank():
     rooms = {path.name for path in (ROOT / "cmlora").iterdir() if path.is_dir() and (path / "__init__.py").exists()}
-    assert rooms == {room for rooms in RANKS for room in rooms} - {"", "cli", "base"} | set(OUTSIDE)
+    assert rooms == {room for rooms in RANKS for room in rooms} - {"", "base"} | set(OUTSIDE)
 
 
 def test_the_kernels_know_no_diffusers_and_no_adapter():

@@ -1,0 +1,124 @@
+"""`cmlora quality`, `cmlora profile` and `cmlora inspect-kernels`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from cmlora import sprites
+from cmlora.cli.base import LoraFile, app, load
+
+
+@app.command()
+def quality(
+    out: Annotated[Path, typer.Option(help="Folder of the results; an interrupted run goes on.")] = Path(
+        "cmlora-quality"
+    ),
+    preset: Annotated[
+        str, typer.Option(help="What to compare: methods, frontier, search, places or masks.")
+    ] = "methods",
+    setting: Annotated[
+        list[str] | None, typer.Option(help="NAME:field=value,... of CMLoRAConfig; repeat; instead of the preset.")
+    ] = None,
+    half: Annotated[str, typer.Option(help="Of the combinations: choose, report or all.")] = "report",
+    sizes: Annotated[str, typer.Option(help="Numbers of LoRAs.")] = "2,3,4,5",
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures per combination and setting.")] = 1,
+    steps: Annotated[int, typer.Option(min=2)] = 20,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many combinations of a size.")] = None,
+    detector: Annotated[bool, typer.Option(help="Measure the detector itself first.")] = True,
+) -> None:
+    """Score the methods with the shipped model: does the picture show every LoRA's concept? Minutes to half an hour."""
+    from cmlora.lab import report
+    from cmlora.lab.plots import plot_frontier, plot_quality  # before the work: it may lack matplotlib
+    from cmlora.lab.quality import PRESETS, Half, detector_report, parse_setting, run
+
+    if half not in ("choose", "report", "all"):
+        raise typer.BadParameter(f"--half must be choose, report or all, got {half!r}")
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    named = dict(parse_setting(text) for text in setting or ())
+    chosen = named or PRESETS[preset]
+    out.mkdir(parents=True, exist_ok=True)
+    parts = []
+    if detector:
+        parts += ["The detector itself:", "", detector_report(), ""]
+        typer.echo("\n".join(parts))
+    numbers = [int(size) for size in sizes.split(",")]
+    pictures = run(out, chosen, numbers, cast(Half, half), range(seeds), steps, limit)
+    parts += [
+        f"{len(pictures)} pictures, {steps} steps, half: {half}. All concepts present:",
+        "",
+        report.table(pictures),
+    ]
+    plot_quality(report.scores_by_size(pictures), out / "quality.png")
+    plot_frontier(report.scores_over_sizes(pictures), out / "frontier.png")
+    parts += ["", "Against cost:", "", report.cost_table(pictures)]
+    if preset == "places" and not named:
+        composites = [p for p in pictures if p.setting.startswith("composite")]
+        parts += ["", "Masks on the deviations:", "", report.cost_table(composites, "composite, deviation")]
+    report.contact_sheet(pictures, out)
+    text = "\n".join(parts)
+    (out / "quality.md").write_text(f"{text}\n")
+    typer.echo(text)
+    typer.echo(f"wrote {out}/quality.jsonl, quality.md, quality.png, frontier.png, look.png")
+
+
+@app.command()
+def profile(
+    lora: Annotated[
+        list[str], typer.Option(help="FILE[:WEIGHT][=NAME]; repeat for each LoRA. zebrin, ...: shipped ones.")
+    ],
+    prompt: Annotated[str, typer.Option(help="What to draw with each LoRA alone.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a diffusers pipeline; default: the shipped one.", exists=True, file_okay=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the plots and numbers.", file_okay=False)] = Path(
+        "cmlora-profile"
+    ),
+    steps: Annotated[int, typer.Option(min=2)] = 25,
+    seed: int = 0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
+    every: Annotated[int, typer.Option(min=1, help="Radial spectra of every so many steps.")] = 5,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="Two LoRAs or image files for the difference; default: highest and lowest intensity."),
+    ] = None,
+) -> None:
+    """Draw with each LoRA alone: which are high, which low frequency; spectra, and similarity of cached features."""
+    from cmlora.lab.plots import write_profile  # first of all: without matplotlib nothing is drawn in vain
+    from cmlora.profile import profile_loras
+
+    files = [LoraFile.parse(text) for text in lora]
+    names = [f.name for f in files]
+    for name in compare or ():
+        if name not in names and not Path(name).is_file():
+            raise typer.BadParameter(f"--compare {name}: neither a LoRA ({', '.join(names)}) nor an image file")
+    pipe = load(model or Path(sprites.model_path()), files)
+    measured = profile_loras(pipe, names, steps=steps, seed=seed, prompt=prompt, guidance_scale=guidance)
+    setting = {"prompt": prompt, "steps": steps, "seed": seed, "guidance": guidance}
+    typer.echo(measured)
+    for path in write_profile(measured, out, every, compare, setting):
+        typer.echo(f"wrote {path}")
+
+
+@app.command("inspect-kernels")
+def inspect(
+    target: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942, gfx1100; default: all.")
+    ] = None,
+    model: Annotated[list[str] | None, typer.Option(help="sd15, sdxl, flux; default: the first two.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
+) -> None:
+    """Compile every kernel that the library launches, without a GPU; print registers, spills, instructions, bytes."""
+    from cmlora_kernels.inspect import TARGETS, inspect_kernels, write_table
+    from cmlora_kernels.variants import UNETS
+
+    rows = inspect_kernels(target or TARGETS, model or tuple(UNETS))
+    if as_json:
+        typer.echo(json.dumps([row.as_dict() for row in rows], indent=1))
+    else:
+        write_table(rows)
