@@ -296,14 +296,13 @@ def profile(
 
 @app.command("inspect-kernels")
 def inspect(
-    target: Annotated[
-        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942, gfx1100; default: all.")
-    ] = None,
+    target: Annotated[list[str] | None, typer.Option(help="sm_80 to sm_120, gfx90a to gfx1201; default: all.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="sd15, sdxl; default: both.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
 ) -> None:
     """Compile every kernel that the library launches, without a GPU; print registers, spills, instructions, bytes."""
-    from cmlora_kernels.inspect import TARGETS, inspect_kernels, write_table
+    from cmlora_kernels.chips import TARGETS
+    from cmlora_kernels.inspect import inspect_kernels, write_table
     from cmlora_kernels.variants import UNETS
 
     rows = inspect_kernels(target or TARGETS, model or tuple(UNETS))
