@@ -5,7 +5,7 @@
 Rivals: PEFT's mixed-batch forward, base GEMM + bmm + baddbmm, the merged bank. Every result is checked against float64
 before it is timed. With a GPU: fp16, full shapes, the Triton kernels. Without one: fp32, tokens and widths cut, every
 strategy in its plain-torch definition; the figures that matter are then the counted bytes and the predicted ratios,
-printed as predictions (model: cmlora_kernels/tiles.py), for an H100 at full shapes.
+printed as predictions (model: cmlora_kernels/costs.py), for an H100 at full shapes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from torch.nn import functional as F
 
 from cmlora.lab.bench.traffic import sdxl_lora_bytes
 from cmlora_kernels import merge_weights, merged_linear, multi_lora_add_, multi_lora_linear
-from cmlora_kernels.tiles import CHIPS, LAUNCH_SECONDS, Cost, Problem, choose, costs
+from cmlora_kernels.cards import chip
+from cmlora_kernels.chips import LAUNCH_SECONDS, TRITON_SHARE
+from cmlora_kernels.costs import Cost, choose, costs
+from cmlora_kernels.tiles import Problem
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.float16) if GPU else ("cpu", torch.float32)
@@ -139,7 +142,7 @@ def peft_cost(p: Problem) -> Cost:
     moved = p.dtype.itemsize * (3 * x + 10 * y)
     alone = costs(p._replace(rank=1), PREDICTED_FOR)  # the base GEMM's share of "add" does not depend on the rank
     own = next(cost for cost in alone if cost.strategy == "add").seconds
-    bandwidth, launches = CHIPS[PREDICTED_FOR].bandwidth, 1 + 8 * p.adapters
+    bandwidth, launches = chip(PREDICTED_FOR).bandwidth, 1 + 8 * p.adapters
     return Cost("peft", own + moved / bandwidth + launches * LAUNCH_SECONDS, base.bytes + moved, base.flops, launches)
 
 
@@ -153,5 +156,6 @@ def test_print_predictions(capsys: pytest.CaptureFixture[str]) -> None:
             best = choose(p, PREDICTED_FOR)
             listed = ", ".join(f"{c.strategy} {c.bytes / 1e6:.0f} MB {c.seconds * 1e6:.0f}" for c in rivals)
             print(f"  {name}: {listed}; {best.strategy} over peft {rivals[-1].seconds / best.seconds:.1f}x predicted")
-        moved = sdxl_lora_bytes(PREDICTED_FOR) / 1e9
-        print(f"  SDXL, one LoRA, rank 16, two rows: {moved:.2f} GB of LoRA traffic a call, counted")
+        for share, known in ((None, "not measured"), (TRITON_SHARE, f"measured as {TRITON_SHARE}")):
+            moved = sdxl_lora_bytes(PREDICTED_FOR, share) / 1e9
+            print(f"  SDXL, one LoRA, rank 16, two rows, share {known}: {moved:.2f} GB of LoRA traffic a call, counted")

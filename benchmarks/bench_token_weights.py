@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmlora_kernels import multi_lora_linear
+from cmlora_kernels.costs import choose
 from cmlora_kernels.multi_lora_add import add_launches
 from cmlora_kernels.multi_lora_linear import linear_launch
-from cmlora_kernels.tiles import Problem, choose
+from cmlora_kernels.tiles import Problem
 
 PREDICTED_FOR = "sm_90"
 TOLERANCE = 8 * torch.finfo(DTYPE).eps

@@ -4,6 +4,7 @@ from cmlora.accelerate import accelerate, accelerated, restore, summary, support
 from cmlora.config import CMLoRAConfig
 from cmlora.errors import AdapterError, CMLoRAError, ConfigError, RunError, UnsupportedModelError
 from cmlora.summary import Summary
+from cmlora.warming import warm_up
 
 __all__ = [
     "AdapterError",
@@ -18,4 +19,5 @@ __all__ = [
     "restore",
     "summary",
     "supported_pipelines",
+    "warm_up",
 ]

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from cmlora_kernels.chips import arch_part, has_kernels
 from cmlora_kernels.launch import arch_of
-from cmlora_kernels.tiles import has_kernels
 from cmlora_kernels.triton_shim import HAS_TRITON, triton
 
 Backend = Literal["auto", "torch", "triton"]
@@ -57,7 +57,7 @@ def why_not(arch: str) -> str:
     if not HAS_TRITON:
         return "triton is not installed"
     if not has_kernels(arch):
-        return f"the kernels need compute capability 8.0 or newer, got {arch}"
+        return f"the kernels need compute capability 8.0 or newer, got {arch_part(arch)}"
     try:  # as the first launch would: triton compiles its own helper, for which it needs a C compiler
         triton.runtime.driver.active.get_current_target()
     except Exception as error:

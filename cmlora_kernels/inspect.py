@@ -21,45 +21,14 @@ from typing import Any, TextIO
 
 import torch
 
+from cmlora_kernels.cards import chip
+from cmlora_kernels.chips import LAUNCH_SECONDS, TARGETS, UNITS
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.machine_code import MachineCode, read_amdgcn, read_cubin
-from cmlora_kernels.tiles import LAUNCH_SECONDS, chip
 from cmlora_kernels.triton_shim import HAS_TRITON
 from cmlora_kernels.variants import DTYPES, MODELS, UNETS, Variant, variants
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100")
 INSPECTED_RANKS = (16,)  # the other buckets: `ranks=`; compiling all of them takes over half an hour
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Resources of one streaming multiprocessor (NVIDIA) or compute unit (AMD), from the vendors' guides.
-
-    Attributes:
-        registers: per lane and scheduler times schedulers: registers a unit's threads share, in registers per lane.
-        step: granularity of a warp's allocation, in registers per lane.
-        warps, blocks: most of either that reside at once.
-        schedulers: warp schedulers; a warp stays on one.
-        shared: bytes of shared memory; `reserved` of it per block.
-    """
-
-    registers: int
-    step: int
-    warps: int
-    blocks: int
-    schedulers: int
-    shared: int
-    reserved: int
-
-
-UNITS = {
-    # CUDA programming guide, compute capabilities: 64 K registers = 2048 per lane; 1 KB of each block is the system's
-    "sm_80": Unit(2048, 8, 64, 32, 4, 167_936, 1024),
-    "sm_90": Unit(2048, 8, 64, 32, 4, 233_472, 1024),
-    "sm_100": Unit(2048, 8, 64, 32, 4, 233_472, 1024),
-    "gfx942": Unit(4 * 512, 8, 32, 32, 4, 65_536, 0),  # CDNA3 ISA guide: 512 registers per SIMD lane, 8 waves a SIMD
-    "gfx1100": Unit(2 * 1536, 24, 32, 32, 2, 65_536, 0),  # RDNA3 ISA guide: 1536 at wave32, 16 waves a SIMD
-}
 
 
 @dataclass(frozen=True)

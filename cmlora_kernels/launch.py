@@ -98,10 +98,13 @@ def _scalar_type(value: int | float) -> str:
 
 @functools.cache
 def arch_of(device: torch.device) -> str:
-    """The target that tiles are chosen for: "sm_90", "gfx942"; the CPU's interpreter stands in for "sm_80"."""
+    """The target that kernels are chosen for, such as "sm_86/28/NVIDIA GeForce RTX 3060": see `chips`.
+
+    The CPU's interpreter stands in for "sm_80".
+    """
     if device.type != "cuda":
         return "sm_80"
-    if torch.version.hip is not None:
-        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":", 1)[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    card = torch.cuda.get_device_properties(device)
+    hip = torch.version.hip is not None
+    arch = str(card.gcnArchName).split(":", 1)[0] if hip else f"sm_{card.major}{card.minor}"
+    return f"{arch}/{card.multi_processor_count}/{card.name}"

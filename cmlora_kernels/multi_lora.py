@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cmlora_kernels.costs import choose
 from cmlora_kernels.cpu_linear import linear
 from cmlora_kernels.dispatch import Backend, check_backend, register, use_triton
 from cmlora_kernels.launch import arch_of
 from cmlora_kernels.multi_lora_add import triton_add
 from cmlora_kernels.multi_lora_linear import fused_linear
-from cmlora_kernels.tiles import Problem, choose, rank_chunks, supports
+from cmlora_kernels.tiles import Problem, rank_chunks, supports
 
 
 def add_definition(

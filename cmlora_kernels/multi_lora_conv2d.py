@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cmlora_kernels.costs import choose
 from cmlora_kernels.dispatch import Backend, check_backend, register
 from cmlora_kernels.launch import arch_of
 from cmlora_kernels.multi_lora import check_dtypes, check_weights, column_weights, fused_all, runs_triton
 from cmlora_kernels.multi_lora_conv import triton_conv_add
-from cmlora_kernels.tiles import Problem, choose
+from cmlora_kernels.tiles import Problem
 
 
 def conv2d_definition(

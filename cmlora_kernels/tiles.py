@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cmlora_kernels.cards import chip
+from cmlora_kernels.chips import arch_part, family
+
 RANK_BUCKETS = (16, 32, 64, 128)  # 16 is the least K of an fp16 dot; above, powers of two
 
 
@@ -66,46 +69,6 @@ class Tile:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
 
 
-@dataclass(frozen=True)
-class Chip:
-    """What tiles and costs need to know of a target. Peaks are dense, from the vendors' data sheets.
-
-    Attributes:
-        shared: bytes of shared memory that one block may use.
-        units: streaming multiprocessors or compute units.
-        half_flops: fp16 and bf16 tensor-core peak per second.
-        float_flops: the peak at fp32 accuracy: TF32 / 3 (tf32x3), fp32 matrices on CDNA, bf16 / 6 on RDNA.
-        bandwidth: bytes per second.
-    """
-
-    shared: int
-    units: int
-    half_flops: float
-    float_flops: float
-    bandwidth: float
-
-
-CHIPS = {
-    "sm_80": Chip(166_912, 108, 312e12, 156e12 / 3, 2.04e12),  # A100 80 GB SXM
-    "sm_90": Chip(232_448, 132, 989e12, 494e12 / 3, 3.35e12),  # H100 SXM
-    "sm_100": Chip(232_448, 148, 2250e12, 1125e12 / 3, 8.0e12),  # B200
-    "gfx942": Chip(65_536, 304, 1307e12, 163e12, 5.3e12),  # MI300X
-    "gfx1100": Chip(65_536, 96, 123e12, 123e12 / 6, 0.96e12),  # RX 7900 XTX
-}
-_SMALL_CUDA = Chip(101_376, 82, 142e12, 71e12 / 3, 0.94e12)  # sm_86, sm_89, sm_120: 99 KB a block; RTX 3090's peaks
-_OLD_CUDA = Chip(65_536, 72, 130e12, 16e12, 0.67e12)  # sm_75 and older: no kernels of ours (`has_kernels`)
-
-
-def chip(arch: str) -> Chip:
-    """The chip of a target; one that is not listed is taken for the smallest of its family."""
-    if arch in CHIPS:
-        return CHIPS[arch]
-    if arch.startswith("sm_"):
-        major = int(arch.removeprefix("sm_")) // 10
-        return _OLD_CUDA if major < 8 else _SMALL_CUDA
-    return CHIPS["gfx942"] if arch.startswith("gfx9") else CHIPS["gfx1100"]
-
-
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
@@ -120,16 +83,8 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
     """tl.dot's input_precision: fp32 must stay fp32-accurate, and use matrix units where a target lets it."""
     if dtype != torch.float32:
         return "ieee"
-    if arch.startswith("sm_"):
-        return "tf32x3"
-    return "ieee" if arch.startswith("gfx9") else "bf16x6"  # CDNA multiplies fp32 matrices; RDNA has bf16 only
-
-
-def family(arch: str) -> str:
-    """Whose matrix units work alike: "wgmma" (sm_90, sm_100), "mma" (other CUDA), "mfma" (CDNA), "wmma" (RDNA)."""
-    if arch.startswith("sm_"):
-        return "wgmma" if int(arch.removeprefix("sm_")) // 10 in (9, 10) else "mma"
-    return "mfma" if arch.startswith("gfx9") else "wmma"
+    kind = family(arch)  # CDNA multiplies fp32 matrices; RDNA has bf16 only
+    return {"mfma": "ieee", "wmma": "bf16x6"}.get(kind, "tf32x3")
 
 
 # (family, 16-bit?) -> rank bucket -> largest (block_m, block_n, block_k, warps) without a spill (compiled, Triton 3.9).
@@ -146,14 +101,6 @@ _LINEAR: dict[tuple[str, bool], dict[int, tuple[int, int, int, int]]] = {
     ("wmma", True): {16: (128, 128, 32, 8), 32: (128, 128, 32, 8), 64: (64, 128, 32, 8), 128: (64, 64, 32, 8)},
     ("wmma", False): {16: (32, 64, 16, 4), 32: (32, 64, 16, 4)},
 }
-
-
-def has_kernels(arch: str) -> bool:
-    """Whether there are kernels for a target.
-
-    On sm_75 and older triton (since 3.3) has no matrix instructions, and tiles spill kilobytes: the definitions run.
-    """
-    return not arch.startswith("sm_") or int(arch.removeprefix("sm_")) >= 80
 
 
 def supports(rank: int, dtype: torch.dtype) -> bool:
@@ -207,12 +154,12 @@ def add_tile(p: Problem, arch: str) -> Tile:
     stages = _stages(arch, per_stage, (block_m + 64) * rank * size)
     # Four warps spill at rank 32 on sm_100, where accumulators come back from tensor memory all at once; at 16 tokens
     # eight would copy x 8 bytes at a time.
-    wide = rank * size >= 256 or (arch == "sm_100" and rank > 16)
+    wide = rank * size >= 256 or (arch_part(arch) == "sm_100" and rank > 16)
     warps = 8 if wide and block_m > 16 else 4
     if family(arch) == "mfma" and rank * size == 512:
         stages = 1  # a second tile spills
     block_n = 32 if family(arch) == "wmma" and size == 4 else 64
-    if arch == "sm_100" and rank == 16 and size == 2 and p.outer // p.parts >= 128:
+    if arch_part(arch) == "sm_100" and rank == 16 and size == 2 and p.outer // p.parts >= 128:
         block_n = 128  # 64 spills in the convolution
     return Tile(block_m, block_n, block_k, warps, stages)
 
@@ -253,95 +200,3 @@ def _stages(arch: str, per_stage: int, after: int) -> int:
 def _pow2(size: int, least: int, most: int) -> int:
     """The smallest power of two that holds `size`, within [least, most]."""
     return min(most, max(least, 1 << (size - 1).bit_length()))
-
-
-# The cost model: seconds of a layer per strategy, from counts and these constants. They are predictions until
-# benchmarks/bench_multi_lora.py has run on a GPU.
-BLAS_SHARE = 0.6  # of the peak: cuBLAS's 515-720 of 989 TFLOP/s at 2048 rows on an H100 (triton issue 2339)
-TRITON_SHARE = 0.85  # of cuBLAS: 0.86-1.0 on an A100 above 2000 rows (triton issue 6523), 0.57-0.85 on an H100 in 2023
-LAUNCH_SECONDS = 4e-6  # a raw Triton launch takes the host 3-5 microseconds
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one strategy costs for one layer: `seconds` is predicted; bytes, flops and launches are counted.
-
-    Attributes:
-        strategy: "fused" (base GEMM and update in one kernel), "add" (cuBLAS, then y += update), "merged" (W + dW), or
-            "definition" (cuBLAS and two batched GEMMs) for dtypes that no kernel serves. What a rank
-            has beyond one chunk is added by further launches.
-        memory: bytes that the strategy keeps beside the model and the adapters.
-    """
-
-    strategy: str
-    seconds: float
-    bytes: int
-    flops: int
-    launches: int
-    memory: int = 0
-
-
-@functools.lru_cache(maxsize=4096)
-def costs(p: Problem, arch: str) -> tuple[Cost, ...]:
-    """The strategies that can serve a layer, cheapest first."""
-    size, m = p.dtype.itemsize, p.rows * p.tokens
-    target, update = chip(arch), p.rank * (p.inner * p.parts + p.outer)
-    blas = BLAS_SHARE * (target.half_flops if size == 2 else target.float_flops)
-    triton = TRITON_SHARE * blas
-    base_flops, weight, x, y = 2 * m * p.inner * p.outer, p.inner * p.outer, m * p.inner, m * p.outer
-
-    def cost(strategy: str, parts: list[tuple[float, int, float]], flops: int, memory: int = 0) -> Cost:
-        # Every part is one launch: (padded flops, elements moved, flops per second); it waits for the slower of two.
-        seconds = sum(
-            max(work / speed, size * moved / target.bandwidth) + LAUNCH_SECONDS for work, moved, speed in parts
-        )
-        return Cost(strategy, seconds, size * sum(part[1] for part in parts), flops, len(parts), memory)
-
-    weights = min(p.rows, p.adapters)
-    merged = cost(
-        "merged",
-        [(_padded_flops(p._replace(rank=0, parts=1), arch, 0), x + y + weights * weight, triton)],
-        base_flops,
-        size * (p.adapters + 1) * weight,  # the bank holds the base weight too
-    )
-    if not supports(p.rank, p.dtype) or not has_kernels(arch):
-        down = m * p.rank * p.parts
-        shrink = (2.0 * down * p.inner, x + down + weights * update, blas)
-        expand = (2.0 * m * p.rank * p.outer, down + 2 * y, blas)
-        definition = cost(
-            "definition", [(base_flops, x + y + weight, blas), shrink, expand], base_flops + 2 * m * update
-        )
-        return tuple(sorted((definition, merged), key=lambda option: option.seconds))
-    chunks = [p._replace(rank=rank) for _, rank in rank_chunks(p.rank, p.dtype, arch)]
-    adds = [(_add_flops(c, arch), x + 2 * y + _lora(c), triton) for c in chunks]
-    inside = (_padded_flops(chunks[0], arch, rank_bucket(chunks[0].rank)), x + y + weight + _lora(chunks[0]), triton)
-    flops = base_flops + 2 * m * update
-    fused = cost("fused", [inside, *adds[1:]], flops)
-    add = cost("add", [(base_flops, x + y + weight, blas), *adds], flops)
-    return tuple(sorted((fused, add, merged), key=lambda option: option.seconds))
-
-
-def _lora(p: Problem) -> int:
-    """Elements of A and B that the rows name, and the token weights, counted in elements of x."""
-    token_weights = 4 * p.rows * p.tokens * p.weights // p.dtype.itemsize
-    return min(p.rows, p.adapters) * p.rank * (p.inner * p.parts + p.outer) + token_weights
-
-
-def _add_flops(p: Problem, arch: str) -> int:
-    """As `_padded_flops`, of the update added in place."""
-    block_m = add_tile(p, arch).block_m
-    return 2 * p.rows * cdiv(p.tokens, block_m) * block_m * rank_bucket(p.rank) * (p.inner * p.parts + p.outer)
-
-
-@functools.lru_cache(maxsize=4096)
-def choose(p: Problem, arch: str, budget: int = 0) -> Cost:
-    """The cheapest strategy that keeps at most `budget` bytes."""
-    return next(option for option in costs(p, arch) if option.memory <= budget)
-
-
-def _padded_flops(p: Problem, arch: str, rank: int) -> int:
-    """What the tensor cores really do: whole tiles, and a shrink in every tile along n."""
-    tile, out = linear_tile(p, arch), p.outer // p.parts
-    tokens = cdiv(p.tokens, tile.block_m) * tile.block_m
-    columns = p.parts * cdiv(out, tile.block_n) * (tile.block_n + rank)
-    return 2 * p.rows * tokens * (p.inner * columns + rank * p.outer)

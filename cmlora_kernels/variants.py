@@ -14,6 +14,7 @@ import torch
 
 from cmlora_kernels.combine_noise import combine_launch, guided_launch, moments_launch
 from cmlora_kernels.combine_places import local_launch, regions_launch
+from cmlora_kernels.costs import choose
 from cmlora_kernels.dominant import select_launch
 from cmlora_kernels.feature_bank import gather_concat_launch, scatter_launch
 from cmlora_kernels.launch import Launch
@@ -23,7 +24,7 @@ from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
 from cmlora_kernels.multi_lora_linear import NO_WEIGHTS, linear_launch, part_rank
 from cmlora_kernels.places import blur_launch, masks_launch, strength_launch
 from cmlora_kernels.spectrum import finish_launch, spectrum_launch
-from cmlora_kernels.tiles import Problem, choose, supports
+from cmlora_kernels.tiles import Problem, supports
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ADAPTERS = (2, 3, 4, 5)

@@ -105,16 +105,41 @@ def profile(
         typer.echo(f"wrote {path}")
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Everything that was found, as JSON.", dir_okay=False)
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="For everything; what they do not suffice for is named.")] = 4,
+    keep: Annotated[bool, typer.Option(help="Write what was measured where the kernels' cost model reads it.")] = True,
+) -> None:
+    """Is it right, and how fast is it, on this machine? Its last ten lines belong in a bug report."""
+    from cmlora.lab.doctor.examination import examine
+    from cmlora.lab.doctor.machine import examine_machine
+    from cmlora.lab.doctor.progress import progress_bar
+    from cmlora.lab.doctor.report import as_dict, machine_lines, summary_lines
+
+    machine = examine_machine()
+    typer.echo("\n".join([*machine_lines(machine), ""]))
+    with progress_bar(60 * minutes) as say:
+        found = examine(machine, 60 * minutes, say, keep=keep)
+    typer.echo("\n".join(summary_lines(found)))
+    if as_json is not None:
+        as_json.write_text(json.dumps(as_dict(found), indent=1) + "\n")
+        typer.echo(f"wrote {as_json}")
+    if not found.healthy:
+        raise typer.Exit(1)
+
+
 @app.command("inspect-kernels")
 def inspect(
-    target: Annotated[
-        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942, gfx1100; default: all.")
-    ] = None,
+    target: Annotated[list[str] | None, typer.Option(help="sm_80 to sm_120, gfx90a to gfx1201; default: all.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="sd15, sdxl, flux; default: the first two.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
 ) -> None:
     """Compile every kernel that the library launches, without a GPU; print registers, spills, instructions, bytes."""
-    from cmlora_kernels.inspect import TARGETS, inspect_kernels, write_table
+    from cmlora_kernels.chips import TARGETS
+    from cmlora_kernels.inspect import inspect_kernels, write_table
     from cmlora_kernels.variants import UNETS
 
     rows = inspect_kernels(target or TARGETS, model or tuple(UNETS))

@@ -27,7 +27,7 @@ from cmlora.lora.merged import Merging
 from cmlora.lora.stacked import fill_stacked, problems
 from cmlora.lora.winograd import Transforming
 from cmlora.models.family import Batched
-from cmlora_kernels import tiles
+from cmlora_kernels.costs import choose
 from cmlora_kernels.dispatch import why_not
 from cmlora_kernels.launch import arch_of
 
@@ -188,7 +188,7 @@ class Spending:
         triton = backend == "triton" or (backend == "auto" and self.device.type == "cuda" and not why_not(arch))
         for layer, problem in ran:
             if id(layer) not in of_layers:
-                counts[tiles.choose(problem, arch).strategy if triton else "definition"] += 1
+                counts[choose(problem, arch).strategy if triton else "definition"] += 1
         return {name: count for name, count in counts.items() if count}
 
     def captured_steps(self, run: Run, lane: Lane, inputs: Inputs) -> Captured | None:

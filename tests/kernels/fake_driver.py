@@ -15,6 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import cmlora_kernels as ck
+from cmlora.lab.doctor.cases import variants_of
+from cmlora.lab.doctor.step_cases import step_cases
 from cmlora_kernels import launch as launch_module
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -145,8 +147,20 @@ def routed() -> None:
         ck.multi_lora_conv2d_add_(images.clone(), images, slots, a, b, scales, **weighted)
 
 
+def doctor() -> None:
+    """What `cmlora doctor` launches on a GPU: its cheapest variants, aligned, and the kernels of a step."""
+    cpu = torch.device("cpu")
+    layers = variants_of("sm_90", torch.float16, (16,))
+    cheapest = [next(case for case in layers if case.name.startswith(kind)) for kind in ("fused", "add", "merged")]
+    convolutions = [case for case in layers if case.name.startswith("conv")][:2]
+    for case in (*cheapest, *convolutions, *step_cases(torch.float16, 16, 8)):
+        if "ragged" not in case.name:  # whose tensors begin where they may
+            case.run(cpu)
+
+
 if __name__ == "__main__":
     install()
     step()
     places()
     routed()
+    doctor()

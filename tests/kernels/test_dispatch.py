@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from cmlora_kernels import combine_noise, dispatch
-from cmlora_kernels.tiles import Problem, choose, has_kernels
+from cmlora_kernels.chips import has_kernels
+from cmlora_kernels.costs import choose
+from cmlora_kernels.tiles import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_THE_GPU = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))

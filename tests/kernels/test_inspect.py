@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cmlora_kernels.inspect import TARGETS, KernelReport, compile_launch, inspect_kernels, occupancy, write_table
+from cmlora_kernels.chips import TARGETS
+from cmlora_kernels.inspect import KernelReport, compile_launch, inspect_kernels, occupancy, write_table
 from cmlora_kernels.machine_code import read_amdgcn
 from cmlora_kernels.variants import code_key, variants
 

@@ -21,10 +21,11 @@ from cmlora_kernels import (
     multi_lora_conv2d_add_,
     multi_lora_linear,
 )
+from cmlora_kernels.costs import Cost, choose, costs, without_memory
 from cmlora_kernels.merged_bank import merged_definition
 from cmlora_kernels.multi_lora_add import triton_add
 from cmlora_kernels.multi_lora_linear import fused_linear
-from cmlora_kernels.tiles import Cost, Problem, choose, costs
+from cmlora_kernels.tiles import Problem
 
 DTYPES = [torch.float32, torch.float16]  # bfloat16 is run by its definition: the interpreter's tl.dot misreads it
 
@@ -331,10 +332,18 @@ def test_compiles_without_a_graph_break() -> None:
 
 
 def test_cost_model_keeps_narrow_layers_fused_and_wide_ones_with_cublas() -> None:
-    def pick(tokens: int, inner: int, outer: int, rank: int = 16, budget: int = 0) -> str:
-        return choose(Problem(2, tokens, inner, outer, rank, 1, 1, torch.float16, True), "sm_90", budget).strategy
+    def problem(tokens: int, inner: int, outer: int, rank: int = 16) -> Problem:
+        return Problem(2, tokens, inner, outer, rank, 1, 1, torch.float16, True)
 
-    assert [pick(4096, 640, 640), pick(1024, 1280, 1280), pick(1024, 1280, 10240)] == ["fused"] * 3
+    def pick(tokens: int, inner: int, outer: int, rank: int = 16, budget: int = 0) -> str:
+        return choose(problem(tokens, inner, outer, rank), "sm_90", budget).strategy
+
+    assert [pick(4096, 640, 640), pick(1024, 1280, 1280)] == ["fused"] * 2
+    wide = problem(1024, 1280, 10240)
+    slow, fast = (without_memory(costs(wide, "sm_90", share)) for share in (0.65, 1.0))
+    assert (slow[0].strategy, fast[0].strategy) == ("add", "fused"), "the best one hangs on a share nobody measured"
+    assert slow[1].seconds / slow[0].seconds > fast[1].seconds / fast[0].seconds
+    assert pick(1024, 1280, 10240) == "add", "what loses least if the share is not what was assumed"
     assert [pick(1024, 5120, 1280), pick(1024, 1280, 1280, rank=128)] == ["add"] * 2
     assert pick(1024, 1280, 1280, budget=2 * 1280 * 1280 * 2) == "merged"
     assert pick(1024, 1280, 1280, budget=2 * 1280 * 1280 * 2 - 1) == "fused"

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 import cmlora_kernels.multi_lora as ops
 from cmlora_kernels import multi_lora_add_, multi_lora_conv2d, multi_lora_conv2d_add_, multi_lora_linear
+from cmlora_kernels.costs import Cost, choose, costs
 from cmlora_kernels.multi_lora_add import triton_add
-from cmlora_kernels.tiles import Cost, Problem, choose, costs, rank_chunks
+from cmlora_kernels.tiles import Problem, rank_chunks
 from tests.kernels.test_multi_lora import DEVICE, DTYPES, Case, assert_as_good, expected, make, poisoned
 
 SHAPES = {  # rows, tokens, in, out, rank, parts

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from cmlora_kernels.combine_noise import combine_launch
 from cmlora_kernels.combine_places import local_launch, regions_launch
+from cmlora_kernels.costs import choose
 from cmlora_kernels.feature_bank import gather_concat_launch, scatter_launch
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.layout import dense_format
@@ -29,7 +30,7 @@ from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
 from cmlora_kernels.multi_lora_linear import linear_launch
 from cmlora_kernels.places import blur_launch, lay_out, masks_launch, strength_launch
 from cmlora_kernels.spectrum import finish_launch, spectrum_launch
-from cmlora_kernels.tiles import Problem, choose
+from cmlora_kernels.tiles import Problem
 
 VIEWS = {
     *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select"),

@@ -14,7 +14,8 @@ from cmlora.lab.bench.counting import Op
 from cmlora.lab.bench.roofline import RANK, Assumptions, Gpu, step_time
 from cmlora.lab.bench.steps import ATTENTION, FEED_FORWARD, INTERVAL, MODELS, MetaPipe
 from cmlora.lab.markdown import header, row
-from cmlora_kernels.tiles import Problem, add_tile, cdiv, chip, linear_tile, rank_bucket
+from cmlora_kernels.cards import chip
+from cmlora_kernels.tiles import Problem, add_tile, cdiv, linear_tile, rank_bucket
 
 ADAPTERS, WIDE = 5, 256
 TARGETS = {"attention": ATTENTION, "attention, feed-forward": ATTENTION + FEED_FORWARD}

@@ -14,7 +14,7 @@ from typing import Any
 
 from cmlora.lab.bench.counting import Op
 from cmlora.lab.bench.steps import MetaPipe, Step
-from cmlora_kernels.tiles import BLAS_SHARE, CHIPS, TRITON_SHARE
+from cmlora_kernels.chips import BLAS_SHARE, CARDS, TRITON_SHARE
 
 RANK, MOST_ADAPTERS = 16, 8
 WITHOUT = "loop, set_adapters free"  # a rival that exists on paper only
@@ -25,7 +25,7 @@ class Gpu:
     """A GPU's data sheet.
 
     Attributes:
-        name: in tables. arch: the target that our kernels are chosen for.
+        name: in tables. arch: the target that our kernels are chosen for, its card named.
         half_flops: fp16 matrix peak per second with fp32 accumulation, dense. bandwidth: bytes per second.
         source: where the two stand.
     """
@@ -37,20 +37,38 @@ class Gpu:
     source: str
 
 
-def _listed(name: str, arch: str, source: str) -> Gpu:
-    """A GPU whose peaks the kernels' own cost model has already."""
-    return Gpu(name, arch, CHIPS[arch].half_flops, CHIPS[arch].bandwidth, source)
+def _listed(name: str, arch: str, card: str, source: str) -> Gpu:
+    """A GPU of the table that the kernels' own cost model has, `cmlora_kernels.chips`."""
+    found = next(each for each in CARDS[arch] if each.name == card)
+    return Gpu(name, f"{arch}/{found.units}/{card}", found.half_flops, found.bandwidth, source)
 
 
 GPUS = {
-    "4090": Gpu(
-        "RTX 4090", "sm_89", 165.2e12, 1.008e12, "NVIDIA Ada GPU Architecture whitepaper, RTX 4090, fp32 accumulate"
+    "3060": _listed(
+        "RTX 3060", "sm_86", "NVIDIA GeForce RTX 3060", "as the GA102 whitepaper's cards: twice its fp32 peak"
     ),
-    "L4": Gpu("L4", "sm_89", 121e12, 0.3e12, "NVIDIA L4 Tensor Core GPU datasheet (242 with sparsity)"),
-    "A100": _listed("A100 SXM", "sm_80", "NVIDIA A100 80GB Tensor Core GPU datasheet, SXM"),
-    "H100": _listed("H100 SXM", "sm_90", "NVIDIA H100 Tensor Core GPU datasheet, SXM (1,979 with sparsity)"),
-    "H200": Gpu("H200", "sm_90", 989e12, 4.8e12, "NVIDIA H200 Tensor Core GPU datasheet, SXM (1,979 with sparsity)"),
-    "MI300X": _listed("MI300X", "gfx942", "AMD Instinct MI300X Accelerator data sheet"),
+    "4090": _listed(
+        "RTX 4090",
+        "sm_89",
+        "NVIDIA GeForce RTX 4090",
+        "NVIDIA Ada GPU Architecture whitepaper, RTX 4090, fp32 accumulate",
+    ),
+    "5090": _listed(
+        "RTX 5090",
+        "sm_120",
+        "NVIDIA GeForce RTX 5090",
+        "NVIDIA RTX Blackwell GPU Architecture whitepaper, RTX 5090, fp32 accumulate",
+    ),
+    "L4": _listed("L4", "sm_89", "NVIDIA L4", "NVIDIA L4 Tensor Core GPU datasheet (242 with sparsity)"),
+    "A100": _listed("A100 SXM", "sm_80", "NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB Tensor Core GPU datasheet, SXM"),
+    "H100": _listed(
+        "H100 SXM",
+        "sm_90",
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA H100 Tensor Core GPU datasheet, SXM (1,979 with sparsity)",
+    ),
+    "H200": _listed("H200", "sm_90", "NVIDIA H200", "NVIDIA H200 Tensor Core GPU datasheet, SXM (1,979 with sparsity)"),
+    "MI300X": _listed("MI300X", "gfx942", "AMD Instinct MI300X", "AMD Instinct MI300X Accelerator data sheet"),
 }
 
 
@@ -68,9 +86,9 @@ class Assumptions:
     set_adapters_sd15_ms: float = _assume(20, "host time of one unet.set_adapters with PEFT, measured on a CPU host")
     set_adapters_sdxl_ms: float = _assume(130, "the same on SDXL")
     kernel_us: float = _assume(3, "least time of a kernel on the device, with the gap to the next one")
-    library_share: float = _assume(BLAS_SHARE, "of the matrix peak in cuBLAS, cuDNN and their like (tiles.BLAS_SHARE)")
+    library_share: float = _assume(BLAS_SHARE, "of the matrix peak in cuBLAS, cuDNN and their like (chips.BLAS_SHARE)")
     triton_share: float = _assume(
-        TRITON_SHARE, "of library_share in our Triton GEMMs, whole tiles counted (tiles.TRITON_SHARE)"
+        TRITON_SHARE, "of library_share in our Triton GEMMs, whole tiles counted (chips.TRITON_SHARE)"
     )
     attention_share: float = _assume(
         0.35,

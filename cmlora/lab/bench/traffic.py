@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from cmlora_kernels.tiles import Problem, choose
+from cmlora_kernels.costs import choose, costs, without_memory
+from cmlora_kernels.tiles import Problem
 
 # SDXL at 1024 x 1024: how often, tokens, in, out. 10 transformer layers at 640 channels, 60 at 1280.
 SDXL_LINEARS = [
@@ -19,11 +20,17 @@ SDXL_LINEARS = [
 ]
 
 
-def sdxl_lora_bytes(arch: str) -> int:
-    """Bytes beyond the base layers' own, each element counted once per launch, by the strategies chosen on `arch`."""
+def sdxl_lora_bytes(arch: str, share: float | None = None) -> int:
+    """Bytes beyond the base layers' own, each element counted once per launch, by the strategies chosen on `arch`.
+
+    Args:
+        arch: the target.
+        share: where the speed of our GEMMs, as a share of the library's, is known; None: as chosen without.
+    """
     total = 0
     for count, tokens, inner, outer in SDXL_LINEARS:
         p = Problem(2, tokens, inner, outer, 16, 1, 1, torch.float16, True)
         base = 2 * (2 * tokens * (inner + outer) + inner * outer)
-        total += count * (choose(p, arch).bytes - base)
+        chosen = choose(p, arch) if share is None else without_memory(costs(p, arch, share))[0]
+        total += count * (chosen.bytes - base)
     return total
