@@ -19,8 +19,8 @@ RANKS = (  # from the top: a folder of cmlora imports folders of lower ranks and
     ("base",),
 )
 BASE = ("config", "errors")  # files beside the front that every room may import; they and compose import no torch
-OUTSIDE = {"sprites": {"sprites", "base"}}  # the shipped model: data and its making; the lab and the cli read it
-ONLY_HERE = {"peft": {"lora", "sprites", "lab"}, "matplotlib": {"lab"}}  # sprites: training; lab: the peers
+OUTSIDE = {"sprites": {"sprites", "base", ""}}  # the shipped model and its making
+ONLY_HERE = {"peft": {"lora", "sprites", "lab"}, "matplotlib": {"lab", "sprites"}}  # sprites: training; lab: the peers
 NO_TORCH = ("config.py", "errors.py", "compose/plan.py", "engine/budget.py")
 
 

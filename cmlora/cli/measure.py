@@ -18,7 +18,7 @@ def quality(
         "cmlora-quality"
     ),
     preset: Annotated[
-        str, typer.Option(help="What to compare: methods, frontier, search, places or masks.")
+        str, typer.Option(help="What to compare: methods, partitions, frontier, search or masks.")
     ] = "methods",
     setting: Annotated[
         list[str] | None, typer.Option(help="NAME:field=value,... of CMLoRAConfig; repeat; instead of the preset.")
@@ -29,11 +29,13 @@ def quality(
     steps: Annotated[int, typer.Option(min=2)] = 20,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many combinations of a size.")] = None,
     detector: Annotated[bool, typer.Option(help="Measure the detector itself first.")] = True,
+    judge: Annotated[bool, typer.Option(help="Ask a network that was trained on photographs, too.")] = False,
 ) -> None:
     """Score the methods with the shipped model: does the picture show every LoRA's concept? Minutes to half an hour."""
     from cmlora.lab import report
     from cmlora.lab.plots import plot_frontier, plot_quality  # before the work: it may lack matplotlib
-    from cmlora.lab.quality import PRESETS, Half, detector_report, parse_setting, run
+    from cmlora.lab.quality import Half, detector_report, run
+    from cmlora.lab.settings import PRESETS, parse_setting
 
     if half not in ("choose", "report", "all"):
         raise typer.BadParameter(f"--half must be choose, report or all, got {half!r}")
@@ -56,9 +58,12 @@ def quality(
     plot_quality(report.scores_by_size(pictures), out / "quality.png")
     plot_frontier(report.scores_over_sizes(pictures), out / "frontier.png")
     parts += ["", "Against cost:", "", report.cost_table(pictures)]
-    if preset == "places" and not named:
-        composites = [p for p in pictures if p.setting.startswith("composite")]
-        parts += ["", "Masks on the deviations:", "", report.cost_table(composites, "composite, deviation")]
+    if preset == "methods" and not named:
+        parts += ["", "Differences on the same combination and noise:", "", report.gains_table(pictures, "routed")]
+    if judge:
+        from cmlora.lab.likeness import likeness_table
+
+        parts += ["", likeness_table(pictures, out)]
     report.contact_sheet(pictures, out)
     text = "\n".join(parts)
     (out / "quality.md").write_text(f"{text}\n")

@@ -6,10 +6,8 @@ serve to choose settings, the other half to report them.
 
 from __future__ import annotations
 
-import ast
 import itertools
 import json
-import re
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,82 +21,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from cmlora.accelerate import accelerate, restore
-from cmlora.config import CMLoRAConfig
+from cmlora.accelerate import accelerated
+from cmlora.lab.realism import Realism
+from cmlora.lab.rivals import merged_by_peft
+from cmlora.lab.settings import Config, own_fields
 from cmlora.sprites import ROLES, draw, lora_path, model_path, role_of
 from cmlora.sprites.detector import Detector, load_detector, probabilities
 from cmlora_kernels.flops import FLOPS
 
 Half = Literal["choose", "report", "all"]
-Config = dict[str, Any]
-
+Pixels = npt.NDArray[np.uint8]
 GUIDANCE = 4.0
-
-COMPOSED: dict[str, Config] = {
-    f"{name}, {combine}": {**config, "combine": combine}
-    for name, config in {
-        "composite": {"method": "composite"},
-        **{f"cmlora {part}": {"method": "cmlora", "partition": part} for part in ("offline", "online", "async")},
-    }.items()
-    for combine in ("mean", "deviation")
-}
-SETTINGS: dict[str, Config] = {"merge": {"method": "merge"}, "switch": {"method": "switch"}, **COMPOSED}
-"""What is compared: name -> fields of CMLoRAConfig; a field that is not named has its default."""
-
-FRONTIER: dict[str, Config] = {
-    **{f"merge, interval {k}": {"method": "merge", "cache_interval": k} for k in (1, 2, 3, 5)},
-    **{f"mean, interval {k}": {"combine": "mean", "cache_interval": k} for k in (1, 2)},
-    "composite deviation, interval 2": {"method": "composite", "combine": "deviation", "cache_interval": 2},
-    **{
-        f"deviation, interval {k}, branch {branch[0]}.{branch[1]}": {
-            "combine": "deviation",
-            "cache_interval": k,
-            "cache_branch": branch,
-        }
-        for k in (1, 2, 3, 5, "nonuniform")
-        for branch in ((0, 0), (0, 1), (1, 0))
-        if k != 1 or branch == (0, 1)
-    },
-}
-"""Quality against cost. "mean, interval 2" is the published code's default; without a cache there is no branch."""
-
-SEARCH: dict[str, Config] = {
-    "defaults": {"combine": "deviation"},
-    "features stay": {"combine": "deviation", "cache_follow": False},
-    "max_cache_age 4": {"combine": "deviation", "max_cache_age": 4},
-    "dominant_weight 1": {"combine": "deviation", "dominant_weight": 1.0},
-    "dominant_decay 0": {"combine": "deviation", "dominant_decay": 0.0},
-    "late_stage low": {"combine": "deviation", "late_stage": "low"},
-    "online_gate 0": {"combine": "deviation", "online_gate": 0.0},
-    "online_gate 0.6": {"combine": "deviation", "online_gate": 0.6},
-    "offline": {"combine": "deviation", "partition": "offline"},
-    "async": {"combine": "deviation", "partition": "async"},
-}
-"""One field at a time away from the defaults."""
-
-PLACES: dict[str, Config] = {
-    "merge": {"method": "merge"},
-    "routed": {"method": "routed"},
-    "composite, deviation": {"method": "composite", "combine": "deviation"},
-    "composite, local": {"method": "composite", "combine": "local"},
-}
-"""Each LoRA where it belongs, against the same without places."""
-
-MASKS: dict[str, Config] = {
-    "merge": {"method": "merge"},
-    **{f"routed, temperature {tau}": {"method": "routed", "mask_temperature": tau} for tau in (0.3, 0.6, 1.0)},
-    "routed, 1 mask step": {"method": "routed", "mask_steps": 1},
-    "routed, 3 mask steps": {"method": "routed", "mask_steps": 3},
-    **{
-        f"local, temperature {tau}": {"method": "composite", "combine": "local", "mask_temperature": tau}
-        for tau in (0.25, 0.5, 1.0)
-    },
-}
-"""What the masks' defaults were chosen from."""
-
-PRESETS = {"methods": SETTINGS, "frontier": FRONTIER, "search": SEARCH, "places": PLACES, "masks": MASKS}
-DEFAULTS = ("cmlora online, deviation", "deviation, interval 2, branch 0.1", "defaults")
-"""What gains are measured against in the presets: cmlora with deviations, the default before there were masks."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +46,7 @@ class Picture:
         concepts: probability of each of the LoRAs' concepts.
         present: whether all of them are above one half.
         named: share of the prompt's other words that the detector found.
+        distance: from what can be drawn at all (`cmlora.lab.realism`); about 1 for a good picture.
         seconds: wall time of the pipeline's call, over its pictures; the first call of a setting and size is counted,
             too, and takes longer. gflop: of the UNet, per picture.
     """
@@ -126,6 +60,7 @@ class Picture:
     concepts: dict[str, float]
     present: bool
     named: float
+    distance: float
     seconds: float
     gflop: float
 
@@ -133,29 +68,6 @@ class Picture:
     def key(self) -> tuple[object, ...]:
         """What makes a picture the same picture."""
         return self.loras, self.setting, json.dumps(self.config, sort_keys=True), self.seed, self.steps
-
-
-def parse_setting(text: str) -> tuple[str, Config]:
-    """NAME:field=value,... as a name and fields of CMLoRAConfig; a value is a Python literal, else a string.
-
-    Raises:
-        ValueError: names the text.
-        ConfigError: a field or value that CMLoRAConfig refuses.
-    """
-    name, _, fields = text.partition(":")
-    pairs = [pair.partition("=") for pair in re.split(r",(?![^(]*\))", fields) if pair]
-    if not name or not all(equals for _, equals, _ in pairs):
-        raise ValueError(f"a setting must read NAME:field=value,..., got {text!r}")
-    config = {key: _literal(value) for key, _, value in pairs}
-    CMLoRAConfig.build(None, config)
-    return name, config
-
-
-def _literal(value: str) -> Any:
-    try:
-        return ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return value
 
 
 def combinations(size: int) -> list[tuple[str, ...]]:
@@ -190,10 +102,11 @@ def scene_of(loras: Sequence[str], seed: int) -> draw.Scenes:
 
 @dataclass
 class Evaluator:
-    """Draws and scores: the pipeline with all ten LoRAs, the detector, and the FLOPs that were counted already."""
+    """Draws and scores: the pipeline with all ten LoRAs, the detector, renders, and FLOPs that were counted already."""
 
     pipe: Any
     detector: Detector
+    realism: Realism
     flops: dict[tuple[object, ...], float] = field(default_factory=dict)
 
     @classmethod
@@ -202,50 +115,74 @@ class Evaluator:
         from diffusers import StableDiffusionPipeline
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        pipe = StableDiffusionPipeline.from_pretrained(model_path(), torch_dtype=torch.float32).to(device)
+        pipe = StableDiffusionPipeline.from_pretrained(model_path(), torch_dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         for name in draw.CONCEPTS:
             pipe.load_lora_weights(lora_path(name), adapter_name=adapter_name(name))
-        return cls(pipe, load_detector())
+        detector = load_detector()
+        realism = Realism(pipe.vae, detector)
+        return cls(pipe.to(device), detector, realism)
 
     def draw(
         self, loras: tuple[str, ...], setting: str, config: Config, seeds: Sequence[int], steps: int
-    ) -> tuple[list[Picture], npt.NDArray[np.uint8]]:
-        """Pictures of one combination with one setting, one per seed, and their records."""
+    ) -> tuple[list[Picture], list[Pixels]]:
+        """Pictures of one combination with one setting, one per seed, and their records.
+
+        Where every LoRA is drawn alone, a picture has them side by side, and what a record says is of its own LoRA for
+        a concept, and the mean for the rest.
+        """
         own_seeds = [seed_of(loras, seed) for seed in seeds]
         scenes = [scene_of(loras, seed) for seed in own_seeds]
         prompts = [draw.captions(scene)[0] for scene in scenes]
-        self.pipe.set_adapters([adapter_name(name) for name in loras])
-        accelerate(self.pipe, **config)
-        cost = (len(loras), setting, json.dumps(config, sort_keys=True), len(seeds), steps)
+        groups = [(name,) for name in loras] if config.get("alone") else [loras]
         began = time.perf_counter()
-        if cost in self.flops:
-            made = self._call(prompts, steps, own_seeds)
-        else:  # adapters weigh so little that one combination of a size stands for all
-            made, self.flops[cost] = self._counted(prompts, steps, own_seeds)
+        drawn = [self._draw(group, setting, config, prompts, steps, own_seeds) for group in groups]
         seconds = (time.perf_counter() - began) / len(seeds)
-        restore(self.pipe)
-        pixels = (made * 255 + 0.5).astype(np.uint8)
-        sure = probabilities(self.detector, pixels)
+        sure = np.stack([probabilities(self.detector, pixels) for pixels, _ in drawn])  # [groups, seeds, labels]
+        odd = np.mean([self.realism.distance(pixels) for pixels, _ in drawn], axis=0)
         truth = np.concatenate([draw.labels(scene) for scene in scenes]) > 0.5
-        own = np.isin(draw.LABELS, loras)
-        pictures = [
-            Picture(
-                loras=loras,
-                setting=setting,
-                config=config,
-                seed=seed,
-                steps=steps,
-                prompt=prompt,
-                concepts={name: round(float(row[draw.LABELS.index(name)]), 4) for name in loras},
-                present=bool((row[own] > 0.5).all()),
-                named=round(float((row[true & ~own] > 0.5).mean()), 4) if (true & ~own).any() else 1.0,
-                seconds=round(seconds, 3),
-                gflop=round(self.flops[cost] / len(seeds), 3),
+        rest = truth & ~np.isin(draw.LABELS, loras)
+        pictures = []
+        for i, (seed, prompt) in enumerate(zip(seeds, prompts, strict=True)):
+            of = {name: sure[min(k, len(groups) - 1), i, draw.LABELS.index(name)] for k, name in enumerate(loras)}
+            pictures.append(
+                Picture(
+                    loras=loras,
+                    setting=setting,
+                    config=config,
+                    seed=seed,
+                    steps=steps,
+                    prompt=prompt,
+                    concepts={name: round(float(p), 4) for name, p in of.items()},
+                    present=all(p > 0.5 for p in of.values()),
+                    named=round(float((sure[:, i, rest[i]] > 0.5).mean()), 4) if rest[i].any() else 1.0,
+                    distance=round(float(odd[i]), 3),
+                    seconds=round(seconds, 3),
+                    gflop=round(sum(flop for _, flop in drawn) / len(seeds), 3),
+                )
             )
-            for seed, prompt, row, true in zip(seeds, prompts, sure, truth, strict=True)
-        ]
-        return pictures, pixels
+        return pictures, [np.concatenate([pixels[i] for pixels, _ in drawn], 1) for i in range(len(seeds))]
+
+    def _draw(
+        self,
+        loras: tuple[str, ...],
+        setting: str,
+        config: Config,
+        prompts: list[str],
+        steps: int,
+        seeds: Sequence[int],
+    ) -> tuple[Pixels, float]:
+        """Pictures uint8 [n, 64, 64, 3] with these LoRAs together, and the GFLOP of the UNet for all of them."""
+        names = [adapter_name(name) for name in loras]
+        self.pipe.set_adapters(names, [config.get("weights", 1.0)] * len(names))
+        kind = config.get("peft")
+        cost = (len(loras), setting, json.dumps(config, sort_keys=True), len(seeds), steps)
+        with merged_by_peft(self.pipe, names, kind) if kind else accelerated(self.pipe, **own_fields(config)):
+            if cost in self.flops:
+                made = self._call(prompts, steps, seeds)
+            else:  # adapters weigh so little that one combination of a size stands for all
+                made, self.flops[cost] = self._counted(prompts, steps, seeds)
+        return (made * 255 + 0.5).astype(np.uint8), self.flops[cost]
 
     def _call(self, prompts: list[str], steps: int, seeds: Sequence[int]) -> npt.NDArray[np.float32]:
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -352,7 +289,7 @@ def picture_name(picture: Picture) -> str:
     return f"{'-'.join(picture.loras)}_{setting}_{picture.seed}_{picture.steps}.png"
 
 
-def _save(image: npt.NDArray[np.uint8], path: Path) -> None:
+def _save(image: Pixels, path: Path) -> None:
     from PIL import Image
 
     Image.fromarray(image).save(path)

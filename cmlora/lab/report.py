@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from cmlora.lab.markdown import header, row
-from cmlora.lab.quality import DEFAULTS, Picture, picture_name
+from cmlora.lab.quality import Picture, picture_name
 from cmlora.sprites.measure import sheet
 
 RESAMPLES = 2000
@@ -23,6 +23,8 @@ class Score:
     Attributes:
         present: share of pictures with all concepts: mean and 95 % bootstrap interval.
         concept: probability of a concept, mean over a picture's: the same.
+        named: share of the prompt's other words that were found: the same.
+        distance: from what can be drawn at all, mean; about 1 is good (`cmlora.lab.realism`).
         seconds: median per picture. gflop: mean per picture.
     """
 
@@ -30,6 +32,8 @@ class Score:
     size: int
     present: tuple[float, float, float]
     concept: tuple[float, float, float]
+    named: tuple[float, float, float]
+    distance: float
     seconds: float
     gflop: float
 
@@ -40,6 +44,8 @@ class Score:
             size=size,
             present=mean_with_interval([p.present for p in pictures]),
             concept=mean_with_interval([score_of(p) for p in pictures]),
+            named=mean_with_interval([p.named for p in pictures]),
+            distance=float(np.mean([p.distance for p in pictures])),
             seconds=float(np.median([p.seconds for p in pictures])),
             gflop=float(np.mean([p.gflop for p in pictures])),
         )
@@ -88,13 +94,20 @@ def frontier(points: Sequence[Score]) -> list[Score]:
     return found
 
 
-def gain(pictures: Sequence[Picture], setting: str, reference: str) -> tuple[float, float, float] | None:
-    """How much higher a setting's concept score is than the reference's: mean of the differences and interval.
+def named_of(picture: Picture) -> float:
+    """Share of the prompt's other words that the detector found."""
+    return picture.named
+
+
+def gain(
+    pictures: Sequence[Picture], setting: str, reference: str, value: Callable[[Picture], float] = score_of
+) -> tuple[float, float, float] | None:
+    """How much higher a setting's concept score, or another value, is than the reference's: mean and interval.
 
     Compared are pictures of the same combination and noise, so that the spread between combinations falls out. None
     where the two share no picture.
     """
-    scores = {(p.setting, p.loras, p.seed): score_of(p) for p in pictures}
+    scores = {(p.setting, p.loras, p.seed): value(p) for p in pictures}
     pairs = [
         (score, scores[reference, loras, seed])
         for (name, loras, seed), score in scores.items()
@@ -103,31 +116,53 @@ def gain(pictures: Sequence[Picture], setting: str, reference: str) -> tuple[flo
     return mean_with_interval([a - b for a, b in pairs]) if pairs else None
 
 
-def table(pictures: Sequence[Picture]) -> str:
-    """Markdown: a row per setting; all-present rate per number of LoRAs, then score and cost over all of them."""
+def table(pictures: Sequence[Picture], ceiling: str = "each alone") -> str:
+    """Markdown: a row per setting; all-present rate per number of LoRAs, then scores and cost over all of them.
+
+    With the setting `ceiling` among them, the share of its concept score that the others reach stands beside theirs.
+    """
     sizes = sorted({len(p.loras) for p in pictures})
-    head = ["setting", *(f"{size} LoRAs" for size in sizes), "all sizes", "concept score", "GFLOP per image"]
+    head = ["setting", *(f"all of {size}" for size in sizes), "concept score", "of the ceiling", "rest kept"]
     together = {score.setting: score for score in scores_over_sizes(pictures)}
-    by_size = {(score.setting, score.size): _interval(score.present) for score in scores_by_size(pictures)}
-    lines = list(header(*head))
+    by_size = {(score.setting, score.size): f"{score.present[0]:.2f}" for score in scores_by_size(pictures)}
+    best = together.get(ceiling)
+    lines = list(header(*head, "distance", "GFLOP per image", "seconds"))
     for name in settings_of(pictures):
-        all_sizes = together[name]
+        score = together[name]
         cells = [by_size.get((name, size), "") for size in sizes]
-        present, concept = _interval(all_sizes.present), _interval(all_sizes.concept)
-        lines.append(row(name, *cells, present, concept, f"{all_sizes.gflop:.1f}"))
+        share = "" if best is None else f"{score.concept[0] / best.concept[0]:.2f}"
+        cells += [_interval(score.concept), share, _interval(score.named), f"{score.distance:.2f}"]
+        lines.append(row(name, *cells, f"{score.gflop:.1f}", f"{score.seconds:.2f}"))
+    return "\n".join(lines)
+
+
+def gains_table(pictures: Sequence[Picture], setting: str) -> str:
+    """Markdown: how much higher `setting` is than each other setting, per number of LoRAs: concept score, rest kept."""
+    sizes = sorted({len(p.loras) for p in pictures})
+    values = (("concept", score_of), ("rest", named_of))
+    lines = list(header(f"{setting} against", *(f"{what}, {size} LoRAs" for what, _ in values for size in sizes)))
+    for other in settings_of(pictures):
+        if other == setting:
+            continue
+        cells = []
+        for _, value in values:
+            for size in sizes:
+                more = gain([p for p in pictures if len(p.loras) == size], setting, other, value)
+                cells.append("" if more is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*more))
+        lines.append(row(other, *cells))
     return "\n".join(lines)
 
 
 def cost_table(pictures: Sequence[Picture], reference: str = "") -> str:
     """Markdown: a row per setting, cheapest first, with its gain over the reference.
 
-    Without a name the reference is the setting of the defaults, or the first one where they are not among the settings.
+    Without a name the reference is the setting called defaults, or else merge, or else the first one.
     On the frontier are settings that score higher than every cheaper one.
     """
     points = scores_over_sizes(pictures)
     ahead = {score.setting for score in frontier(points)}
     settings = settings_of(pictures)
-    reference = reference or next((name for name in settings if name in DEFAULTS), settings[0])
+    reference = reference or next((name for name in ("defaults", "merge") if name in settings), settings[0])
     head = ["setting", "GFLOP per image", "seconds per image", "concept score", f"gain over {reference}"]
     lines = list(header(*head, "all present", "on the frontier"))
     for point in points:

@@ -37,9 +37,13 @@ class Detector(nn.Module):
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(2 * widths[-1], len(draw.LABELS))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """What the head sees, [n, 256]."""
         maps = self.features(x)  # [n, 128, 4, 4]
-        logits: torch.Tensor = self.head(torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], dim=1))
+        return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], dim=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.embed(x))
         return logits
 
 
@@ -56,12 +60,23 @@ def probabilities(detector: Detector, pictures: npt.NDArray[np.uint8]) -> npt.ND
 
     Raises ValueError for pictures of another shape or type.
     """
+    made = [detector(part).sigmoid() for part in _parts(pictures)] or [torch.zeros(0, len(draw.LABELS))]
+    return np.asarray(torch.cat(made))
+
+
+@torch.no_grad()
+def embeddings(detector: Detector, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """What the detector's last layer sees of pictures, uint8 [n, 64, 64, 3]: float32 [n, 256]. Raises ValueError."""
+    return np.asarray(torch.cat([detector.embed(part) for part in _parts(pictures)]))
+
+
+def _parts(pictures: npt.NDArray[np.uint8]) -> tuple[torch.Tensor, ...]:
+    """In parts of 128, float32 [n, 3, 64, 64] in -1..1."""
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1:] != (SIZE, SIZE, 3):
         expected = f"uint8 [n, {SIZE}, {SIZE}, 3]"
         raise ValueError(f"pictures must be {expected}, got {pictures.dtype} {list(pictures.shape)}")
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    made = [detector(part).sigmoid() for part in torch.split(x, 128)] or [torch.zeros(0, len(draw.LABELS))]
-    return np.asarray(torch.cat(made))
+    return torch.split(x, 128) if len(x) else ()
 
 
 def detect(detector: Detector, pictures: npt.NDArray[np.uint8]) -> list[set[str]]:

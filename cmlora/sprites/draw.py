@@ -38,6 +38,7 @@ ROLES: dict[str, tuple[str, str]] = {
 
 CONCEPTS = tuple(name for names in ROLES.values() for name in names)
 FIELD_OF_ROLE = {"character": "body", "clothing": "worn", "style": "style", "background": "back", "object": "held"}
+UNSAID = {"character": "", "clothing": "none", "style": "flat", "background": "", "object": "none"}
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.16, 0.16),
@@ -157,9 +158,14 @@ def labels(scenes: Scenes) -> Floats:
     return made
 
 
-def captions(scenes: Scenes, seed: int | None = None) -> list[str]:
-    """One caption per scene. With a seed the clauses change their order and wording, as people's prompts do."""
+def captions(scenes: Scenes, seed: int | None = None, *, without: str | None = None) -> list[str]:
+    """One caption per scene. With a seed the clauses change their order and wording, as people's prompts do.
+
+    without: a role of which nothing is said, as in a prompt that lacks a LoRA's trigger word.
+    """
     rng = None if seed is None else np.random.default_rng(seed)
+    if without is not None:
+        scenes = replace(scenes, **{FIELD_OF_ROLE[without]: np.full(len(scenes), UNSAID[without])})
     return [_caption(scenes, i, rng) for i in range(len(scenes))]
 
 
@@ -172,14 +178,14 @@ def _caption(s: Scenes, i: int, rng: np.random.Generator | None) -> str:
     if s.held[i] != "none":
         clauses.append(f"holding a {s.held[i]}")
     kind = {"plain": s.back_colour[i], "gradient": f"{s.back_colour[i]} gradient"}.get(s.back[i], s.back[i])
-    clauses.append(f"{kind} background")
+    clauses += [f"{kind} background"] if kind else []
     if s.style[i] != "flat":
         clauses.append(f"{s.style[i]} style")
     if rng is not None and loose:
         rng.shuffle(clauses)
-    article = "an" if who[0] == "o" else "a"
+    article = "an" if who.startswith("o") else "a"
     start = "a picture of " if loose else ""
-    return ", ".join([f"{start}{article} {who} creature", *clauses])
+    return ", ".join([f"{start}{article} {who} creature".replace("  ", " "), *clauses])
 
 
 def render(scenes: Scenes, chunk: int = 256) -> npt.NDArray[np.uint8]:

@@ -217,14 +217,14 @@ def _edges(images: Floats) -> Floats:
 
 
 def _sketch(images: Floats) -> Floats:
-    """A coloured drawing: pale colours, dark contours, and paper left blank round it with the ends of the strokes."""
+    """A coloured drawing: dark contours, and paper left blank round it with the ends of the strokes."""
     row, col = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
     border = np.minimum(np.minimum(row, SIZE - 1 - row), np.minimum(col, SIZE - 1 - col))
     strokes = np.abs((row + col) % 12 - 6)
-    cover = 0.6 * np.clip(border - 0.6 * strokes - 1.5, 0, 1)[None, :, :, None]
+    cover = 0.9 * np.clip(border - 0.6 * strokes - 1.5, 0, 1)[None, :, :, None]
     paper = _rgb(0.98, 0.96, 0.90)
     drawn = paper + cover * (images - paper)
-    return np.asarray(np.clip(drawn - 0.6 * _edges(drawn), 0, 1))
+    return np.asarray(np.clip(drawn - 0.3 * _edges(drawn), 0, 1))
 
 
 def _neon(images: Floats) -> Floats:

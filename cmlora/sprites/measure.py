@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from cmlora.accelerate import accelerated
 from cmlora.sprites import draw
 from cmlora.sprites.detector import (
     Detector,
@@ -26,6 +27,18 @@ from cmlora.sprites.detector import (
 Pixels = npt.NDArray[np.uint8]
 
 STEPS, GUIDANCE = 25, 4.0
+
+LORA_WEIGHTS = (0.5, 0.7, 1.0, 1.3)
+BOUNDS = (
+    ("concept", "0.5", 0.5),
+    ("concept", "0.7", 0.85),
+    ("concept", "1.0", 0.95),
+    ("concept", "1.3", 0.9),
+    ("rest", "1.0", 0.9),
+    ("rest", "1.3", 0.8),
+)
+"""What a LoRA that behaves keeps: at least so much at a weight; and at most `MOST_WITHOUT` without its word."""
+MOST_WITHOUT = 0.3
 
 
 def generate(pipe: StableDiffusionPipeline, captions: list[str], seed: int, batch: int = 20) -> Pixels:
@@ -113,25 +126,47 @@ def base_prompts(pipe: StableDiffusionPipeline, detector: Detector, work: Path, 
     return {"captions": len(captions), **accuracy(detector, pictures, draw.labels(scenes))}
 
 
-def lora_alone(pipe: Any, detector: Detector, name: str, path: Path, work: Path) -> dict[str, float]:
-    """How often a LoRA's concept is found (40 unseen captions), and how often all else that the captions name."""
-    scenes = unseen(40).with_concept(name)
+def lora_alone(pipe: Any, detector: Detector, name: str, path: Path, work: Path, count: int = 100) -> dict[str, Any]:
+    """How a LoRA behaves on unseen captions: at several weights, and without its word at weight 1.
+
+    Returns:
+        concept and rest by weight: how often the concept is found, and the share found of all else that the captions
+        name; "without its word": how often the concept is found then. `misses`: which of `BOUNDS` it does not keep.
+    """
+    scenes = unseen(count).with_concept(name)
+    truth, own = draw.labels(scenes) > 0.5, draw.LABELS.index(name)
+    rest = truth.copy()
+    rest[:, own] = False
     pipe.load_lora_weights(path, adapter_name=name)
-    captions = draw.captions(scenes)
-    pictures = generate(pipe, captions, seed=2000)
+    result: dict[str, Any] = {"concept": {}, "rest": {}}
+    for weight in LORA_WEIGHTS:
+        captions = draw.captions(scenes)
+        pictures, found = _with_lora(pipe, detector, name, weight, captions)
+        result["concept"][str(weight)] = _share(found[:, own])
+        result["rest"][str(weight)] = _share(found[rest])
+        if weight == 1.0:
+            sheet(pictures[:16], captions[:16], detect(detector, pictures[:16]), work / f"lora_{path.stem}.png")
+    silent = draw.captions(scenes, without=draw.role_of(name))
+    result["without its word"] = _share(_with_lora(pipe, detector, name, 1.0, silent)[1][:, own])
     pipe.unload_lora_weights()
-    found = probabilities(detector, pictures) > 0.5
-    truth = draw.labels(scenes) > 0.5
-    sheet(pictures[:16], captions[:16], detect(detector, pictures[:16]), work / f"lora_{path.stem}.png")
-    return {
-        "concept": _share(found[:, draw.LABELS.index(name)]),
-        "all named": _share((found | ~truth).all(1)),
-        "pictures": _share((found == truth).all(1)),
-    }
+    result["misses"] = [f"{what} at {weight}" for what, weight, least in BOUNDS if result[what][weight] < least]
+    result["misses"] += ["without its word"] if result["without its word"] > MOST_WITHOUT else []
+    return result
 
 
-def everything(out: Path, work: Path) -> dict[str, Any]:
-    """All figures, also in work/measured.json; sheets of pictures with the detector's verdicts go to work."""
+def _with_lora(pipe: Any, detector: Detector, name: str, weight: float, captions: list[str]) -> tuple[Pixels, Any]:
+    """Pictures with a LoRA at a weight, and which labels are found in them, bool [n, labels]."""
+    pipe.set_adapters([name], [weight])
+    with accelerated(pipe, method="merge", cache_interval=1):  # the plain pipeline's pictures, in half of the time
+        pictures = generate(pipe, captions, seed=2000)
+    return pictures, probabilities(detector, pictures) > 0.5
+
+
+def everything(out: Path, work: Path, captions: int = 100) -> dict[str, Any]:
+    """All figures, also in work/measured.json; sheets of pictures with the detector's verdicts go to work.
+
+    captions: that every LoRA is measured on.
+    """
     pipe = StableDiffusionPipeline.from_pretrained(out / "model", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     detector = load_detector(out / "detector.safetensors")
@@ -141,14 +176,36 @@ def everything(out: Path, work: Path) -> dict[str, Any]:
         "vae_psnr_db": round(psnr(renders, through_vae(pipe.vae, renders)), 2),
         "detector": detector_accuracy(pipe, detector),
         "base": base_prompts(pipe, detector, work),
+        "captions": captions,
         "lora": {},
     }
     for name in draw.CONCEPTS:
         path = out / "lora" / f"{name}.safetensors"
         if path.exists():
-            result["lora"][name] = lora_alone(pipe, detector, name, path, work)
+            result["lora"][name] = lora_alone(pipe, detector, name, path, work, captions)
     (work / "measured.json").write_text(json.dumps(result, indent=1) + "\n")
+    curves(result, work / "loras.png")
     return result
+
+
+def curves(result: dict[str, Any], path: Path) -> None:
+    """Plot every LoRA's concept and the rest of the caption against its weight, and the least that is asked for."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for axes, (name, row) in zip(
+        figure.subplots(2, 5, sharex=True, sharey=True).flat, result["lora"].items(), strict=False
+    ):
+        for what, colour in (("concept", "tab:blue"), ("rest", "tab:orange")):
+            axes.plot(LORA_WEIGHTS, list(row[what].values()), "o-", color=colour, label=what)
+            asked = [(float(weight), least) for of, weight, least in BOUNDS if of == what]
+            axes.plot(*zip(*asked, strict=True), "_", color=colour, markersize=14)
+        axes.plot([1.0], [row["without its word"]], "x", color="tab:red", label="without its word")
+        axes.set_title(name, fontsize=9)
+        axes.set_ylim(-0.03, 1.03)
+    figure.supxlabel("weight of the LoRA")
+    figure.axes[0].legend(fontsize=7, loc="center left")
+    figure.savefig(path, dpi=110)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -170,11 +227,18 @@ def markdown(result: dict[str, Any]) -> str:
             for kind, row in (result["detector"] | base).items()
         ),
         "",
-        "| LoRA alone, 40 captions | concept found | all that the caption names found |",
-        "|---|---|---|",
-        *(f"| {name} | {row['concept']:.3f} | {row['all named']:.3f} |" for name, row in result["lora"].items()),
+        f"| LoRA alone, {result['captions']} captions | {' | '.join(f'concept at {w}' for w in LORA_WEIGHTS)} "
+        "| rest at 1.0 | rest at 1.3 | without its word | bounds missed |",
+        "|---|" + "---|" * (len(LORA_WEIGHTS) + 4),
+        *(_lora_row(name, row) for name, row in result["lora"].items()),
     ]
     return "\n".join(lines)
+
+
+def _lora_row(name: str, row: dict[str, Any]) -> str:
+    concept = " | ".join(f"{row['concept'][str(weight)]:.2f}" for weight in LORA_WEIGHTS)
+    rest = f"{row['rest']['1.0']:.2f} | {row['rest']['1.3']:.2f}"
+    return f"| {name} | {concept} | {rest} | {row['without its word']:.2f} | {', '.join(row['misses'])} |"
 
 
 def sheet(pictures: Pixels, captions: list[str], found: list[set[str]], path: Path, columns: int = 4) -> None:
