@@ -91,7 +91,7 @@ def test_faults_are_counted_and_never_scored(stub, shots, tmp_path):
 
     stub.plan = plan
     pairs = run.find_pairs(shots, "merge", "routed")
-    who = Endpoint(stub.url, "stub", timeout=0.3)
+    who = Endpoint(stub.url, "stub", timeout=2.0)
     records = run.judge(pairs, who, tmp_path / "j.jsonl", wait=0.0)
     found, judged, failed = verdicts.verdicts(records)
     assert (judged, failed) == (3, 1)
@@ -201,7 +201,7 @@ def test_people_see_sides_by_lot_and_are_read_back(shots, tmp_path):
     assert (judged, failed) == (3, 0)
     assert (found["accuracy"].losses, found["appeal"].ties) == (3, 3)
     ratings.write_text(ratings.read_text().replace("tie", "both", 1))
-    with pytest.raises(CMLoRAError, match="line 2: must be a pair's number, then left, right or tie"):
+    with pytest.raises(CMLoRAError, match="line 2: must be a pair's number and left, right or tie"):
         people.import_ratings(ratings, folder / people.KEY, "anna")
     with pytest.raises(CMLoRAError, match="must be empty"):
         people.export_pairs(pairs, folder)
