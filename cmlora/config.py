@@ -82,6 +82,8 @@ class CMLoRAConfig:
             half of the multiplications, 16/9 of the memory once more. None: on the CPU, where these and merged weights
             together take at most twice the UNet's memory and the budget allows it.
         cuda_graphs: steps are captured and replayed as CUDA graphs, one per kind of step; an error on other devices.
+            "auto": on a CUDA device where the host is predicted to take more than half of the device's time and there
+            is memory for it; steps that cannot be captured run eagerly then, and one warning says so.
         backend: "auto": Triton on CUDA and ROCm, torch elsewhere; "torch" or "triton" force one.
 
     Raises:
@@ -121,7 +123,7 @@ class CMLoRAConfig:
     memory_budget: int | None = None
     merge_weights: bool | None = None
     winograd: bool | None = None
-    cuda_graphs: bool = False
+    cuda_graphs: bool | Literal["auto"] = False
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
@@ -144,7 +146,9 @@ class CMLoRAConfig:
         _integer("quadratic_interval", self.quadratic_interval, 1)
         if self.max_cache_age is not None:
             _integer("max_cache_age", self.max_cache_age, 1, "None")
-        for name in ("cache_follow", "switch_stages", "cuda_graphs"):
+        if self.cuda_graphs != "auto" and not isinstance(self.cuda_graphs, bool):
+            raise ConfigError(f"cuda_graphs must be True, False or 'auto', got {self.cuda_graphs!r}")
+        for name in ("cache_follow", "switch_stages"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_places()

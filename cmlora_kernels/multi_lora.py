@@ -11,6 +11,7 @@ that a slot of several adapters' ranks lets each act where its mask says.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from torch.nn import functional as F
 from cmlora_kernels.costs import choose
 from cmlora_kernels.cpu_linear import linear
 from cmlora_kernels.dispatch import Backend, check_backend, register, use_triton
-from cmlora_kernels.launch import arch_of
-from cmlora_kernels.multi_lora_add import triton_add
-from cmlora_kernels.multi_lora_linear import fused_linear
+from cmlora_kernels.launch import Launch, arch_of
+from cmlora_kernels.multi_lora_add import add_launches, run_adds, triton_add
+from cmlora_kernels.multi_lora_linear import NO_WEIGHTS, fused_linear, linear_launch, part_rank
 from cmlora_kernels.tiles import Problem, rank_chunks, supports
 
 
@@ -110,13 +111,79 @@ def _linear_body(
 ) -> Tensor:
     if not runs_triton(x, b.shape[2], backend):
         return linear_definition(x, weight, bias, slots, a, b, scales, token_weights, groups)
-    problem = Problem.of(x, slots, b, scales, bias is not None, token_weights)
-    if choose(problem, arch_of(x.device)).strategy == "fused":
-        y = x.new_empty((x.shape[0], x.shape[1], weight.shape[0]))
-        return fused_all(x, weight, bias, slots, a, b, scales, y, token_weights, groups)
-    y = F.linear(x, weight, bias)
+    fused, launches = _route(
+        (x.shape, x.stride()),
+        (weight.shape, weight.stride()),
+        a.stride(),
+        (b.shape, b.stride()),
+        scales.shape[1],
+        None if token_weights is None else (token_weights.shape, token_weights.stride()),
+        x.dtype,
+        bias is not None,
+        arch_of(x.device),
+    )
+    y = x.new_empty((x.shape[0], x.shape[1], weight.shape[0])) if fused else F.linear(x, weight, bias)
+    if launches is None:
+        run = fused_all if fused else _add_all
+        return run(x, weight, bias, slots, a, b, scales, y, token_weights, groups)
+    slots, scales = slots.contiguous(), scales.contiguous()
+    groups = groups if groups is None else groups.contiguous()
+    if fused:
+        bias = bias if bias is None else bias.contiguous()
+        launches[0][1](x, weight, bias, slots, a, b, scales, y, groups, token_weights)
+        launches = launches[1:]
+    run_adds(launches, y, x, slots, a, b, scales, groups, token_weights)
+    return y
+
+
+def _add_all(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slots: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    y: Tensor,
+    token_weights: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> Tensor:
     triton_add(y, x, slots, a, b, scales, token_weights, groups)
     return y
+
+
+Laid = tuple[torch.Size, tuple[int, ...]]
+"""Shape and strides of a tensor."""
+Launches = tuple[tuple[int, Launch], ...]
+"""First rank of every chunk, and its launch."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _route(
+    x: Laid,
+    weight: Laid,
+    a: tuple[int, ...],
+    b: Laid,
+    parts: int,
+    token_weights: Laid | None,
+    dtype: torch.dtype,
+    bias: bool,
+    target: str,
+) -> tuple[bool, Launches | None]:
+    """What runs for tensors that lie so: whether the update is fused, and the launches; None: some must be copied."""
+    (rows, tokens, inner), (adapters, outer, rank) = x[0], b[0]
+    weights = 0 if token_weights is None else token_weights[0][1]
+    p = Problem(rows, tokens, inner, outer, rank, parts, adapters, dtype, bias, weights)
+    fused = choose(p, target).strategy == "fused"
+    if weight[1][-1] != 1 or a[-1] != 1 or b[1][-1] != 1:
+        return fused, None
+    masks = NO_WEIGHTS if token_weights is None else token_weights[1]
+    lora, y = (part_rank(p), *a[:2], *b[1][:2]), (tokens * outer, outer, 1)
+    adds = add_launches(p._replace(bias=False), target, (*x[1], *lora, *y, *masks))
+    if not fused:
+        return False, adds
+    first = linear_launch(p, target, (*x[1], weight[1][0], *lora, *y, *masks))
+    return True, ((0, first), *adds[1:])
 
 
 def fused_all(
@@ -220,10 +287,12 @@ def multi_lora_linear(
     Raises:
         ValueError: a shape, dtype or backend that does not fit; it names the argument.
     """
-    _check(x, slots, a, b, scales, weight.shape[0], backend)
-    if weight.shape[1] != x.shape[2]:
-        raise ValueError(f"weight must be [out, {x.shape[2]}] for x {tuple(x.shape)}, got {tuple(weight.shape)}")
-    check_dtypes(x, weight=weight, bias=bias)
+    check = _check_linear if torch.compiler.is_compiling() else _check_linear_once
+    check(
+        (x.shape, weight.shape, slots.shape, a.shape, b.shape, scales.shape),
+        (x.dtype, weight.dtype, None if bias is None else bias.dtype, slots.dtype, a.dtype, b.dtype, scales.dtype),
+        backend,
+    )
     if token_weights is not None or groups is not None:
         check_weights(token_weights, groups, (x.shape[0], x.shape[1]), a)
         weighted: Tensor = _linear(x, weight, bias, slots, a, b, scales, backend, token_weights, groups)
@@ -273,31 +342,53 @@ def check_weights(token_weights: Tensor | None, groups: Tensor | None, places: t
 
 
 def _check(x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, out: int, backend: str) -> None:
-    check_backend(backend)
-    if x.ndim != 3:
-        raise ValueError(f"x must be [rows, tokens, in], got {tuple(x.shape)}")
-    if slots.shape != (x.shape[0],):
-        raise ValueError(f"slots must be [{x.shape[0]}] for x {tuple(x.shape)}, got {tuple(slots.shape)}")
-    count, rank, parts = a.shape[0], b.shape[-1], scales.shape[-1]
-    if a.shape != (count, parts * rank, x.shape[2]):
-        raise ValueError(
-            f"a must be [slots, parts * rank, in] = {(count, parts * rank, x.shape[2])}, got {tuple(a.shape)}"
-        )
-    if b.shape != (count, out, rank) or out % parts:
-        raise ValueError(
-            f"b must be [slots, out, rank] = {(count, out, rank)} with out divisible by parts {parts}, "
-            f"got {tuple(b.shape)}"
-        )
-    if scales.shape != (count, parts):
-        raise ValueError(f"scales must be [slots, parts] = {(count, parts)}, got {tuple(scales.shape)}")
+    _check_shapes(x.shape, slots.shape, a.shape, b.shape, scales.shape, out, backend)
     check_dtypes(x, slots, scales, a=a, b=b)
 
 
+def _check_linear(shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype | None, ...], backend: str) -> None:
+    x, weight, slots, a, b, scales = shapes
+    _check_shapes(x, slots, a, b, scales, weight[0], backend)
+    if weight[1:] != x[2:]:
+        raise ValueError(f"weight must be [out, {x[2]}] for x {tuple(x)}, got {tuple(weight)}")
+    names = ("x", "weight", "bias", "slots", "a", "b", "scales")
+    given = dict(zip(names, dtypes, strict=True))
+    for name in ("a", "b", "weight", "bias"):
+        _must_be(name, given[name], given["x"], f"of x's dtype {given['x']}")
+    _must_be("slots", given["slots"], torch.int64, "int64")
+    _must_be("scales", given["scales"], torch.float32, "float32")
+
+
+_check_linear_once = functools.lru_cache(maxsize=4096)(_check_linear)  # an error is not kept, so it is raised each time
+
+
+def _must_be(name: str, got: torch.dtype | None, want: torch.dtype | None, words: str) -> None:
+    if got is not None and got != want:
+        raise ValueError(f"{name} must be {words}, got {got}")
+
+
+def _check_shapes(
+    x: torch.Size, slots: torch.Size, a: torch.Size, b: torch.Size, scales: torch.Size, out: int, backend: str
+) -> None:
+    check_backend(backend)
+    if len(x) != 3:
+        raise ValueError(f"x must be [rows, tokens, in], got {tuple(x)}")
+    if slots != x[:1]:
+        raise ValueError(f"slots must be [{x[0]}] for x {tuple(x)}, got {tuple(slots)}")
+    count, rank, parts = a[0], b[-1], scales[-1]
+    if a != (count, parts * rank, x[2]):
+        raise ValueError(f"a must be [slots, parts * rank, in] = {(count, parts * rank, x[2])}, got {tuple(a)}")
+    if b != (count, out, rank) or out % parts:
+        raise ValueError(
+            f"b must be [slots, out, rank] = {(count, out, rank)} with out divisible by parts {parts}, got {tuple(b)}"
+        )
+    if scales != (count, parts):
+        raise ValueError(f"scales must be [slots, parts] = {(count, parts)}, got {tuple(scales)}")
+
+
 def check_dtypes(x: Tensor, slots: Tensor | None = None, scales: Tensor | None = None, **others: Tensor | None) -> None:
+    """Raise ValueError unless tensors are of x's dtype, slots int64 and scales float32; it names the argument."""
     for name, tensor in others.items():
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise ValueError(f"{name} must be of x's dtype {x.dtype}, got {tensor.dtype}")
-    if slots is not None and slots.dtype != torch.int64:
-        raise ValueError(f"slots must be int64, got {slots.dtype}")
-    if scales is not None and scales.dtype != torch.float32:
-        raise ValueError(f"scales must be float32, got {scales.dtype}")
+        _must_be(name, None if tensor is None else tensor.dtype, x.dtype, f"of x's dtype {x.dtype}")
+    _must_be("slots", None if slots is None else slots.dtype, torch.int64, "int64")
+    _must_be("scales", None if scales is None else scales.dtype, torch.float32, "float32")

@@ -7,6 +7,7 @@ with slot -1 return at once, so their y is not touched.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -191,7 +192,22 @@ def triton_add(
     lora = (part_rank(problem), *a.stride()[:2], *b.stride()[:2])
     strides = (*x.stride(), *lora, *y.stride(), *weights_strides(token_weights))
     groups = groups if groups is None else groups.contiguous()
-    for first, launch in add_launches(problem, arch_of(x.device), strides)[done:]:
+    run_adds(add_launches(problem, arch_of(x.device), strides)[done:], y, x, slots, a, b, scales, groups, token_weights)
+
+
+def run_adds(
+    launches: Iterable[tuple[int, Launch]],
+    y: Tensor,
+    x: Tensor,
+    slots: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    groups: Tensor | None,
+    token_weights: Tensor | None,
+) -> None:
+    """Run launches of `add_launches` on tensors that lie as they say."""
+    for first, launch in launches:
         if first:  # only where they start matters: strides and sizes are the launch's
             own = groups if groups is None else groups[:, first:]
             launch(y, x, slots, a[:, first:], b[:, :, first:], scales, own, token_weights)

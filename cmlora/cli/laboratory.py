@@ -40,16 +40,12 @@ def sweep(
         int, typer.Option(min=0, help="Actors on a Ray cluster (RAY_ADDRESS), or a local one; 0: none.")
     ] = 0,
 ) -> None:
-    """Draw a test bed: every set of LoRAs with every method, from the same noise; resumable, on one GPU or many.
-
-    Under `accelerate launch -m cmlora.cli sweep ...` the sets are dealt out to the processes.
-    """
-    from cmlora.lab.sweep import run
-    from cmlora.lab.sweep.options import make_sweep
+    """Draw a test bed: every set of LoRAs with every method, from the same noise; resumable, on one GPU or many."""
+    from cmlora.lab.sweep import options, run
 
     drawing: dict[str, Any] = {"steps": steps, "guidance": guidance, "scale": scale, "scheduler": scheduler}
     drawing |= {"height": height, "width": width}
-    made = make_sweep(
+    made = options.make_sweep(
         loras=loras,
         lora_dir=lora_dir,
         model=model,

@@ -6,11 +6,12 @@ import copy
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmlora.batch.inputs import Inputs, map_tensors
@@ -20,6 +21,7 @@ from cmlora.compose.plan import Step
 from cmlora.engine.budget import Strategy
 from cmlora.lora.layers import unseen
 from cmlora.models.family import Batched, Conditions
+from cmlora_kernels.flops import FLOPS
 
 LARGEST_BLOCK = 2**25 - 2**16
 """Bytes; just under the 32 MiB from which on the C library (glibc) gives freed blocks back to the system at once."""
@@ -41,12 +43,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
 
     Attributes:
         peak: the most bytes that were alive together.
+        launches: operations that are no views. moved: bytes that they read and write. flops: of matrix products.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # nor this
         self.device = device
-        self.peak = self._live = 0
+        self.peak = self._live = self.launches = self.moved = self.flops = 0
         self._fakes: dict[int, tuple[Tensor, Tensor]] = {}  # by identity, the real one held so that it stays its own
         self._known: set[int] = set()
 
@@ -66,8 +69,23 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
         args, kwargs = map_tensors(args, self.fake), map_tensors(kwargs or {}, self.fake)
         out = func(*args, **kwargs)
         self.peak = max(self.peak, self._live + _workspace(func, args, out))
+        self._work(func, args, kwargs, out)
         map_tensors(out, self._count)
         return out
+
+    def _work(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        if any(given.alias_info is not None and not given.alias_info.is_write for given in func._schema.returns):
+            return  # a view
+
+        def moved(tensor: Tensor) -> Tensor:
+            self.moved += tensor.numel() * tensor.element_size()
+            return tensor
+
+        self.launches += 1
+        map_tensors((args, kwargs, out), moved)
+        formula = _FORMULAS.get(func.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
 
     def _count(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -82,6 +100,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._live -= size
+
+
+_of_shapes: Any = flop_counter.shape_wrapper
+_FORMULAS = {**flop_counter.flop_registry, **{op: _of_shapes(formula) for op, formula in FLOPS.items()}}
 
 
 def _workspace(func: Any, args: Any, out: Any) -> int:
@@ -132,8 +154,18 @@ class RunShape:
         return (self.inputs.signature(), self.steps, self.predictions, self.halves, self.device)
 
 
-def peak_of_run(batched: Batched[Any, Any], shape: RunShape, strategy: Strategy) -> int:
-    """Bytes of a run beside the weights and the adapters: caches, q, k, v copies, and the most that is alive in a step.
+class Traced(NamedTuple):
+    """What was counted of a run; see `LiveBytes`."""
+
+    peak: int
+    launches: int
+    moved: int
+    flops: int
+
+
+def trace_run(batched: Batched[Any, Any], shape: RunShape, strategy: Strategy) -> Traced:
+    """What a run takes. `peak`: bytes beside the weights and the adapters: caches, q, k, v copies, and the most that is
+    alive in a step.
 
     A step in which all rows run the whole UNet, behind others that filled the caches; no other kind takes more.
 
@@ -168,4 +200,4 @@ def peak_of_run(batched: Batched[Any, Any], shape: RunShape, strategy: Strategy)
                 placing = Placing(who, masks, count, shape.device)
             with traced.running.placed(placing):
                 _, caches[probe] = traced.run(given, everyone, everyone, None, conditions[probe], 0, strategy.at_once)
-    return live.peak
+    return Traced(live.peak, live.launches, live.moved, live.flops)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,12 +20,45 @@ from cmlora.models.family import Batched, Conditions
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
-def capture_cuda(work: Callable[[], None]) -> Callable[[], None]:
-    """Record `work` as a CUDA graph, without running it; what comes back replays it on the same memory."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+class CudaCapture:
+    """Records functions as CUDA graphs in one pool of memory, without running them.
+
+    What is made inside one graph lies where another one's lies: they are replayed one after the other, and what a step
+    leaves is copied out of the pool within its graph. So the pool is as large as one step, not as all kinds together.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._pool: Any = None
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What comes back replays `work` on the same memory."""
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()  # one without graphs is given back, and is no pool any more
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        self._graphs.add(graph)
+        return graph.replay
+
+
+def forgiving(capture: Capture) -> Capture:
+    """A capture that gives up at its first failure: from then on steps run eagerly, and one warning says why."""
+    failed = False
+
+    def captured(work: Callable[[], None]) -> Callable[[], None]:
+        nonlocal failed
+        if failed:
+            return work
+        try:
+            return capture(work)
+        except RuntimeError as error:
+            failed = True
+            said = f"steps run eagerly, they cannot be captured as CUDA graphs: {error}"
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
+            return work
+
+    return captured
 
 
 class Captured:

@@ -17,8 +17,8 @@ from cmlora.batch.inputs import Inputs
 from cmlora.batch.running import Running
 from cmlora.config import CMLoRAConfig, Recipe
 from cmlora.engine.budget import Strategy, candidates, first_that_fits
-from cmlora.engine.footprint import keep_freed_memory, peak_of_run
-from cmlora.engine.graphs import Capture, Captured, capture_cuda
+from cmlora.engine.footprint import Traced, keep_freed_memory, trace_run
+from cmlora.engine.graphs import Capture, Captured, CudaCapture, forgiving
 from cmlora.engine.run import Lane, Run
 from cmlora.errors import RunError
 from cmlora.lora.bank import AdapterBank, build_bank, fill_bank
@@ -27,9 +27,20 @@ from cmlora.lora.merged import Merging
 from cmlora.lora.stacked import fill_stacked, problems
 from cmlora.lora.winograd import Transforming
 from cmlora.models.family import Batched
+from cmlora_kernels.cards import chip
 from cmlora_kernels.costs import choose
 from cmlora_kernels.dispatch import why_not
 from cmlora_kernels.launch import arch_of
+
+HOST_SECONDS = 1e-5
+"""Of an operation, eager: dispatcher and module of torch's, op call and launch of ours. A guess on the low side."""
+
+
+def waits_for_host(traced: Traced, target: str, dtype: torch.dtype) -> bool:
+    """Whether the host is predicted to take more than half of the device's time; both from counts."""
+    known = chip(target)
+    device = traced.moved / known.bandwidth + traced.flops / known.library(2 if dtype.itemsize == 2 else 4)
+    return traced.launches * HOST_SECONDS > 0.5 * device
 
 
 class Spending:
@@ -47,9 +58,9 @@ class Spending:
         self.bank = AdapterBank((), (), (), ())
         self.merging, self.transforming = Merging(self.module, {}), Transforming(self.module)
         self.is_open = False
-        self.capture: Capture = capture_cuda
+        self.capture: Capture = CudaCapture()
         self.captured: dict[int, tuple[object, Captured]] = {}  # by lane: what it rests on, and it
-        self._peaks: dict[object, int] = {}
+        self._peaks: dict[object, tuple[int, Traced]] = {}
         self._module_bytes = 0
 
     @property
@@ -109,7 +120,9 @@ class Spending:
         elif not self.batched.predictable():
             raise RunError("memory_budget needs a model without hooks and attention processors of one's own")
         else:
-            strategy = first_that_fits(options, lambda candidate: self._peak(lane, candidate), budget)
+            strategy = first_that_fits(
+                options, lambda s: self._peak(lane, s, graphs=self.config.cuda_graphs is True), budget
+            )
             self._stack(strategy.stack)
             self.batched.keep_prompt = strategy.keep_prompt
         self.merging.switch(strategy.merge)
@@ -166,17 +179,32 @@ class Spending:
             return None
         first, *others = run.lanes
         kept = sum(max((record.cache_bytes for record in lane.record), default=0) for lane in others)
-        return self._peak(first, run.strategy) + kept
+        return self._peak(first, run.strategy, graphs=bool(first.capturable)) + kept
 
-    def _peak(self, lane: Lane, strategy: Strategy) -> int:
+    def _peak(self, lane: Lane, strategy: Strategy, *, graphs: bool) -> int:
         assert lane.footprint is not None
         key = (lane.footprint.key, strategy)
         if key not in self._peaks:
             self.transforming.switch(strategy.transform)  # tiles are traced as they run
             options = ((self.merging, strategy.merge), (self.transforming, strategy.transform))
             kept = sum(weights.bytes for weights, wanted in options if wanted)
-            self._peaks[key] = self.bank.bytes + kept + peak_of_run(self.batched, lane.footprint, strategy)
-        return self._peaks[key]
+            traced = trace_run(self.batched, lane.footprint, strategy)
+            self._peaks[key] = (self.bank.bytes + kept, traced)
+        beside, traced = self._peaks[key]
+        # captured steps have a pool of their own, beside the blocks that torch keeps of their first occurrence
+        return beside + traced.peak * (2 if graphs else 1)
+
+    def _worth_capturing(self, run: Run, lane: Lane) -> bool:
+        """For cuda_graphs="auto": whether the host is what a run waits for, as predicted, and a pool of steps fits."""
+        strategy = run.strategy
+        if self.device.type != "cuda" or strategy is None or lane.footprint is None or not self.batched.predictable():
+            return False
+        wanted = self._peak(lane, strategy, graphs=True)
+        if self.config.memory_budget is not None and wanted > self.config.memory_budget:
+            return False
+        _, traced = self._peaks[lane.footprint.key, strategy]
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return traced.peak < free and waits_for_host(traced, arch_of(self.device), lane.footprint.inputs.sample.dtype)
 
     def layer_strategies(self) -> dict[str, int]:
         """How many of the linear layers that carry adapters ran with which strategy of the kernels' cost model."""
@@ -196,18 +224,23 @@ class Spending:
         if not self.config.cuda_graphs:
             return None
         if lane.capturable is None:
-            lane.capturable = self._capturable(run, lane)
+            worth = self.config.cuda_graphs is True or self._worth_capturing(run, lane)
+            lane.capturable = self._capturable(run, lane) if worth else ()
         if not lane.capturable or inputs.settings() is not None:
             return None
         key, number = (lane.capturable, inputs.signature()), run.lanes.index(lane)
         if number not in self.captured or self.captured[number][0] != key:
             assert run.strategy is not None
-            self.captured[number] = (key, Captured(self.batched, inputs, run.strategy.at_once, self.capture))
+            self.captured[number] = (key, Captured(self.batched, inputs, run.strategy.at_once, self._make_capture()))
         return self.captured[number][1]
+
+    def _make_capture(self) -> Capture:
+        """As asked for with cuda_graphs=True; with "auto" what cannot be captured runs as it is."""
+        return self.capture if self.config.cuda_graphs is True else forgiving(self.capture)
 
     def _capturable(self, run: Run, lane: Lane) -> tuple[object, ...]:
         """All that is baked into a captured step beside its inputs; () where it cannot be captured."""
-        if self.capture is capture_cuda and self.device.type != "cuda":
+        if isinstance(self.capture, CudaCapture) and self.device.type != "cuda":
             raise RunError(f"cuda_graphs=True needs a pipeline on a CUDA device, got one on {self.device}")
         baked = self.batched.baked()
         if baked is None:

@@ -4,13 +4,17 @@ On a GPU the steps are captured as CUDA graphs. Elsewhere a tape stands in for o
 very tensors that it was given, and replaying repeats the operations on them, with no Python of a step in between.
 """
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cmlora
-from cmlora.engine.graphs import capture_cuda
+from cmlora.engine.footprint import Traced
+from cmlora.engine.graphs import CudaCapture
+from cmlora.engine.spending import waits_for_host
 from cmlora.lab.bench.tiny import ATTENTION, DEVICE, SMALL, noises, three_adapters
 
 
@@ -42,10 +46,11 @@ class Captures:
 
     def __init__(self):
         self.made = self.replayed = 0
+        self.capture = CudaCapture() if DEVICE == "cuda" else capture_tape
 
     def __call__(self, work):
         self.made += 1
-        replay = (capture_cuda if DEVICE == "cuda" else capture_tape)(work)
+        replay = self.capture(work)
 
         def counted():
             self.replayed += 1
@@ -163,6 +168,37 @@ def test_a_step_in_steady_state_allocates_nothing_but_what_it_hands_out():
         assert fresh is handed_out
 
 
+def test_all_kinds_of_steps_share_one_pool_which_counts_in_the_peak(monkeypatch):
+    """A pool per kind of step held a step's activations for each of them, and no prediction knew of any."""
+    handles, pools = iter(range(9)), []
+
+    @contextmanager
+    def recording(graph, pool):
+        pools.append(pool)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", EmptyGraph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    capture = CudaCapture()
+    replays = [capture(lambda: None) for _ in range(3)]
+    assert pools == [0, 0, 0]
+    replays.clear()
+    capture(lambda: None)
+    assert pools[3] == 1, "the first pool went with its graphs"
+    peaks = []
+    for graphs in (False, True):
+        pipe = accelerated(cuda_graphs=graphs, partition="offline", cache_interval=2)
+        noises(pipe, steps=4)
+        peaks.append(cmlora.summary(pipe).peak_bytes - cmlora.summary(pipe).adapter_bytes)
+    assert peaks[1] > 1.5 * peaks[0]
+
+
+class EmptyGraph:
+    def replay(self):
+        pass
+
+
 def test_hooks_and_foreign_processors_run_eagerly():
     pipe = accelerated(cuda_graphs=True, partition="offline")
     seen = []
@@ -177,3 +213,31 @@ def test_without_cuda_the_call_says_so():
     cmlora.accelerate(pipe, cuda_graphs=True)
     with pytest.raises(cmlora.RunError, match="needs a pipeline on a CUDA device, got one on cpu"):
         noises(pipe)
+
+
+def test_auto_captures_where_it_is_worth_it_and_gives_up_with_one_warning(monkeypatch):
+    """On the CPU nothing is captured; where the host is what a run waits for a capture that fails costs a warning."""
+    want = noises(accelerated(partition="offline", cache_interval=2), steps=6)
+    pipe = accelerated(cuda_graphs="auto", partition="offline", cache_interval=2)
+    denoiser = pipe.unet.forward.cmlora.denoiser
+    captures = denoiser.spending.capture
+    if DEVICE == "cpu":
+        assert all(map(torch.equal, noises(pipe, steps=6), want))
+        assert captures.made == 0
+    monkeypatch.setattr(denoiser.spending, "_worth_capturing", lambda *_: True)
+
+    def failing(work):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(denoiser.spending, "capture", failing)
+    with pytest.warns(RuntimeWarning, match="steps run eagerly.*not permitted") as warned:
+        got = noises(pipe, steps=6)
+    assert len([w for w in warned if "eagerly" in str(w.message)]) == 1
+    assert all(map(torch.equal, got, want))
+
+
+def test_what_waits_for_the_host_is_told_from_counts():
+    """SD1.5's few rows on a large GPU are launched more slowly than they run; on a small one they are not."""
+    traced = Traced(peak=0, launches=700, moved=3_000_000_000, flops=1_600_000_000_000)
+    assert waits_for_host(traced, "sm_90/132/NVIDIA H100 80GB HBM3", torch.float16)
+    assert not waits_for_host(traced, "sm_86/28/NVIDIA GeForce RTX 3060", torch.float16)

@@ -6,6 +6,7 @@ A program of its own: the kernels must be imported without TRITON_INTERPRET. Pri
 import importlib
 import json
 import sys
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,14 +34,20 @@ def fake_compile(source: Any, target: Any = None, options: dict[str, Any] | None
     stages = (options["num_warps"], options["num_stages"]) == (launch.num_warps, launch.num_stages)
 
     def run(x: int, y: int, z: int, *rest: Any) -> None:
-        launched = current[-1]
-        pointers = [a for a in rest[6:] if isinstance(a, torch.Tensor)]
+        write((x, y, z), rest[6:], again=False)
+
+    def write(grid: tuple[int, int, int], arguments: Sequence[Any], again: bool) -> None:
+        launched, (x, y, z) = current[-1], grid
+        pointers = [a for a in arguments if isinstance(a, torch.Tensor)]
+        others = [a for a in arguments if a is not None and not isinstance(a, torch.Tensor)]
         record = {
             "kernel": launched.kernel.__name__,
             "name": launched.name,
             "same_source": same,
             "same_options": stages,
-            "same_grid": (x, y, z) == launched.grid,
+            "same_grid": grid == launched.grid,
+            "same_numbers": others == [*launched.scalars.values(), *launched.constexprs.values()],
+            "again": again,
             "programs": x * y * z,
             "grid": [x, y, z],
             "aligned": all(p.data_ptr() % 16 == 0 for p in pointers),
@@ -49,7 +56,18 @@ def fake_compile(source: Any, target: Any = None, options: dict[str, Any] | None
         }
         sys.stdout.write(json.dumps(record) + "\n")
 
-    return SimpleNamespace(run=run, function=None, packed_metadata=None, launch_metadata=lambda *_: None)
+    class Compiled:
+        """As much of triton's compiled kernel as a launch uses."""
+
+        function = packed_metadata = None
+
+        def __init__(self) -> None:
+            self.run, self.launch_metadata = run, lambda *_: None
+
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+            return lambda *arguments: write(grid, arguments, again=True)
+
+    return Compiled()
 
 
 def install() -> None:
@@ -163,4 +181,5 @@ if __name__ == "__main__":
     step()
     places()
     routed()
+    routed()  # kernels that were compiled are launched without asking Triton
     doctor()

@@ -58,10 +58,12 @@ def test_every_launcher_asks_the_driver_for_what_was_inspected() -> None:
         assert launch["same_source"], launch  # types, constexprs and specialisation as the inspection compiles them
         assert launch["same_options"], launch
         assert launch["same_grid"], launch
+        assert launch["same_numbers"], launch
         assert launch["aligned"], launch
         assert launch["pointers"] == launch["expected_pointers"], launch
         assert launch["programs"] > 0
         assert max(launch["grid"][1:]) < 65536, launch  # CUDA's limit on the second and third axis
+    assert sum(launch["again"] for launch in launches) > 10, "compiled kernels, launched directly"
     every = {variant.launch.kernel.__name__ for variant in variants("sm_90", models=["sd15"], ranks=(16,))}
     assert {launch["kernel"] for launch in launches} == every
 

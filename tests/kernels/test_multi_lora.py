@@ -268,6 +268,7 @@ def test_triton_backend_does_not_fall_back(strategy: str, monkeypatch: pytest.Mo
     c = make(2, 16, 64, 64, 4)
     definition = ops.linear_definition(*c)
     monkeypatch.setattr(ops, "choose", lambda *_: Cost(strategy, 0.0, 0, 0, 0))
+    monkeypatch.setattr(ops, "_route", ops._route.__wrapped__)
     monkeypatch.setattr(ops, "linear_definition", None)
     monkeypatch.setattr(ops, "add_definition", None)
     assert_as_good(multi_lora_linear(*c, "triton"), definition, expected(c))

@@ -63,6 +63,7 @@ def test_every_adapter_acts_where_its_weights_let_it(shape, dtype: torch.dtype, 
     token_weights, groups = routed(c)
     definition = ops.linear_definition(*c, token_weights, groups)
     monkeypatch.setattr(ops, "choose", lambda *_: Cost(strategy, 0.0, 0, 0, 0))
+    monkeypatch.setattr(ops, "_route", ops._route.__wrapped__)
     monkeypatch.setattr(ops, "linear_definition", None)
     got = multi_lora_linear(*c, "triton", token_weights=token_weights, groups=groups)
     assert_as_good(got, definition, exact(c, token_weights, groups))
@@ -90,6 +91,7 @@ def test_wide_ranks_run_in_chunks(rank: int, parts: int, monkeypatch) -> None:
     definition = ops.linear_definition(*c)
     monkeypatch.setattr(ops, "linear_definition", None)
     monkeypatch.setattr(ops, "add_definition", None)
+    monkeypatch.setattr(ops, "_route", ops._route.__wrapped__)
     for strategy in ("fused", "add"):
         monkeypatch.setattr(ops, "choose", lambda *_, s=strategy: Cost(s, 0.0, 0, 0, 0))
         assert_as_good(multi_lora_linear(*c, "triton"), definition, expected(c))

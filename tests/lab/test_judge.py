@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from cmlora import CMLoRAError
 from cmlora.cli import app
 from cmlora.lab.judge import people, run, verdicts
-from cmlora.lab.judge.models import Endpoint
+from cmlora.lab.judge.models import Endpoint, Local
 from cmlora.lab.judge.question import CRITERIA, NonsenseError, question, read_answer
 from tests.lab.test_score import make_shot
 
@@ -91,7 +91,7 @@ def test_faults_are_counted_and_never_scored(stub, shots, tmp_path):
 
     stub.plan = plan
     pairs = run.find_pairs(shots, "merge", "routed")
-    who = Endpoint(stub.url, "stub", timeout=0.3)
+    who = Endpoint(stub.url, "stub", timeout=2.0)
     records = run.judge(pairs, who, tmp_path / "j.jsonl", wait=0.0)
     found, judged, failed = verdicts.verdicts(records)
     assert (judged, failed) == (3, 1)
@@ -201,7 +201,7 @@ def test_people_see_sides_by_lot_and_are_read_back(shots, tmp_path):
     assert (judged, failed) == (3, 0)
     assert (found["accuracy"].losses, found["appeal"].ties) == (3, 3)
     ratings.write_text(ratings.read_text().replace("tie", "both", 1))
-    with pytest.raises(CMLoRAError, match="line 2: must be a pair's number, then left, right or tie"):
+    with pytest.raises(CMLoRAError, match="line 2: must be a pair's number and left, right or tie"):
         people.import_ratings(ratings, folder / people.KEY, "anna")
     with pytest.raises(CMLoRAError, match="must be empty"):
         people.export_pairs(pairs, folder)
@@ -221,3 +221,24 @@ def test_the_command_asks_an_endpoint(stub, tmp_path):
     assert run.split_methods("merge, interval 2,routed, interval 1") == ("merge, interval 2", "routed, interval 1")
     with pytest.raises(CMLoRAError, match="must be two that share sets and noise, of merge, routed"):
         run.find_pairs([make_shot(Path(tmp_path), m, ("a", "b")) for m in ("merge", "routed")], "merge", "magic")
+
+
+def test_a_local_model_sees_both_pictures_and_the_question(shots, monkeypatch):
+    """Through a pipeline of transformers' signature; the model itself is not at stake here."""
+    from transformers import ImageTextToTextPipeline
+
+    asked = []
+
+    class Pipe:
+        def __call__(self, *, text, **given):
+            ImageTextToTextPipeline._sanitize_parameters(None, **given)  # takes these arguments
+            asked.append((text[0]["content"], given))
+            return [{"generated_text": answer(1, 2)}]
+
+    monkeypatch.setattr("transformers.pipeline", lambda task, model: Pipe())
+    told = Local("folder").ask(question(["a cat"]), shots[0], shots[1])
+    assert read_answer(told)["appeal"] == (1.0, 2.0)
+    content, given = asked[0]
+    assert [part["type"] for part in content] == ["image", "image", "text"]
+    assert content[0]["image"].tobytes() == shots[0].open().tobytes()
+    assert given["generate_kwargs"]["do_sample"] is False

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cmlora import CMLoRAError, sprites
+from cmlora.lab.score.pictures import read_shots
 from cmlora.lab.sweep.folder import Folder, picture_path, read_manifest, read_published
 from cmlora.lab.sweep.info import find_sets, parse_info, read_info
 from cmlora.lab.sweep.jobs import Job, make_units
@@ -250,3 +251,12 @@ def test_an_interrupt_leaves_a_manifest_and_ray_is_asked_for(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(CMLoRAError, match=r"pip install 'cmlora\[ray\]'"):
         run_on_ray(small(), tmp_path, 2)
+
+
+def test_pictures_that_a_killed_run_left_out_of_the_manifest_are_read(unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "copy")
+    manifest = tmp_path / "copy" / "manifest.jsonl"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:3]))
+    assert sorted(shot.file for shot in read_shots(tmp_path / "copy")) == sorted(pictures(unbroken))
+    manifest.unlink()
+    assert len(read_shots(tmp_path / "copy")) == len(pictures(unbroken))

@@ -99,7 +99,8 @@ class Local:
     def ask(self, text: str, first: Shot, second: Shot) -> str:
         pictures = [{"type": "image", "image": shot.open()} for shot in (first, second)]
         messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
-        made = self.pipe(text=messages, max_new_tokens=self.tokens, do_sample=False, return_full_text=False)
+        spent = {"max_new_tokens": self.tokens, "do_sample": False}
+        made = self.pipe(text=messages, generate_kwargs=spent, return_full_text=False)
         return str(made[0]["generated_text"])
 
 

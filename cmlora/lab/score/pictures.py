@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from cmlora.errors import CMLoRAError
-from cmlora.lab.sweep.folder import MANIFEST, digest, read_manifest, read_published
+from cmlora.lab.sweep.folder import MANIFEST, RECORDS, digest, read_manifest, read_published
 from cmlora.lab.sweep.info import find_sets, read_info
 from cmlora.lab.sweep.settings import Style
 
@@ -55,7 +55,7 @@ def read_shots(folder: Path, info: str | None = None, style: str = "none") -> li
     Raises:
         CMLoRAError: no manifest and no INFO.json, or no pictures.
     """
-    if (folder / MANIFEST).exists():
+    if (folder / MANIFEST).exists() or (folder / RECORDS).is_dir():
         records = read_manifest(folder)
         records = [record for record in records if _whole(folder / record["file"], record["sha256"])]
     else:

@@ -157,9 +157,12 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
-    """The records of a sweep's pictures; [] where there is no manifest."""
+    """The records of a sweep's pictures: the manifest's, and those that a killed run had no time to enter there."""
     path = folder / MANIFEST
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = {record["file"] for record in found}
+    later = (_read(record) for record in sorted((folder / RECORDS).glob("*/*.json")))
+    return found + [record for record in later if record is not None and record["file"] not in known]
 
 
 def read_published(folder: Path, sets: Sequence[tuple[Lora, ...]]) -> list[dict[str, Any]]:

@@ -50,8 +50,8 @@ class TransformerInputs(Inputs):
 
     CONSTANT: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "prompts")
 
-    def settings(self) -> object:
-        return self.size
+    def signature(self) -> tuple[object, ...]:
+        return (*super().signature(), self.size)
 
 
 I = TypeVar("I", bound=TransformerInputs)  # noqa: E741

@@ -1,6 +1,6 @@
 """What a step of FLUX.1-dev launches, counted on `meta`, and how long it is predicted to take; nothing is timed.
 
-python benchmarks/transformers.py
+python benchmarks/flux.py
 """
 
 from __future__ import annotations
