@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 from cmlora import sprites
 from cmlora.config import CacheSchedule, CMLoRAConfig, Method
 from cmlora.errors import CMLoRAError
-from cmlora.lab.quality import parse_setting
+from cmlora.lab.settings import parse_setting
 from cmlora.lab.sweep.info import SHIPPED, read_info
 from cmlora.lab.sweep.jobs import SOLO
 from cmlora.lab.sweep.settings import METHODS, PRESETS, Drawing, Interval, Layout, Preset, Style, Sweep
