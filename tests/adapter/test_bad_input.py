@@ -42,7 +42,7 @@ def sd():
         ("max_cache_age", [0, -2, 2.5]),
         ("switch_step", [0, "5"]),
         ("max_rows", [0, 1.5, True]),
-        ("cuda_graphs", [1, "auto"]),
+        ("cuda_graphs", [1, "always"]),
         ("merge_weights", [2, "auto"]),
         ("winograd", [2, "auto"]),
         ("memory_budget", [0, 1e9, "6GB"]),
