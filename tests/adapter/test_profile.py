@@ -126,9 +126,7 @@ def test_what_cannot_be_profiled_is_named():
         profile_loras(pipe, by="noise", **given)
     with pytest.raises(cmlora.AdapterError, match="'nobody' changed no layer"):
         profile_loras(pipe, ["nobody"], **given)
-    with pytest.raises(
-        cmlora.UnsupportedModelError, match="has no unet or transformer, which no model family of cmlora can run"
-    ):
+    with pytest.raises(cmlora.UnsupportedModelError, match="has no unet or transformer, which no model family of"):
         profile_loras(pipe.vae)
     given["latents"][0, 0, 0, 0] = torch.nan
     with pytest.raises(cmlora.RunError, match="LoRA 'one' alone are not finite"):
