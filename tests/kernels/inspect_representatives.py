@@ -1,6 +1,7 @@
 """Compile a few variants of every kernel ahead of time; prints JSON. Not under TRITON_INTERPRET; arguments are targets.
 
-python tests/kernels/inspect_representatives.py sm_80 sm_90 sm_100 gfx942 gfx1100 > tests/kernels/inspected.json
+python tests/kernels/inspect_representatives.py sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx90a gfx942 gfx1100 gfx1201 \
+    > tests/kernels/inspected.json
 """
 
 import json
@@ -49,7 +50,7 @@ def representatives(target: str) -> list[Variant]:
             most[routed] = variant
     linear = [v for v in known if v.launch.kernel.__name__ == "linear_kernel" and v.dtype == torch.float32]
     small = [v for v in linear if not is_weighted(v)]
-    return [*most.values(), min(small, key=lambda v: (v.launch.constexprs["BLOCK_M"], v.launch.bytes))]
+    return [*most.values(), *sorted(small, key=lambda v: (v.launch.constexprs["BLOCK_M"], v.launch.bytes))[:1]]
 
 
 def is_weighted(variant: Variant) -> bool:
