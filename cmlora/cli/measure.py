@@ -59,16 +59,18 @@ def quality(
     plot_frontier(report.scores_over_sizes(pictures), out / "frontier.png")
     parts += ["", "Against cost:", "", report.cost_table(pictures)]
     if preset == "methods" and not named:
-        parts += ["", "Differences on the same combination and noise:", "", report.gains_table(pictures, "routed")]
+        parts += ["", "Differences on the same combination and noise:"]
+        for ours in ("routed", "composite, local"):
+            parts += ["", report.gains_table(pictures, ours)]
     if judge:
         from cmlora.lab.likeness import likeness_table
 
         parts += ["", likeness_table(pictures, out)]
-    report.contact_sheet(pictures, out)
+    drawn = [path.name for path in (report.contact_sheet(pictures, out), report.settings_sheet(pictures, out)) if path]
     text = "\n".join(parts)
     (out / "quality.md").write_text(f"{text}\n")
     typer.echo(text)
-    typer.echo(f"wrote {out}/quality.jsonl, quality.md, quality.png, frontier.png, look.png")
+    typer.echo(f"wrote {out}/{', '.join(['quality.jsonl', 'quality.md', 'quality.png', 'frontier.png', *drawn])}")
 
 
 @app.command()

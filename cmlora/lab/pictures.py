@@ -20,10 +20,11 @@ def labelled_grid(
     first = rows[0][0]
     factor = max(1, SIDE // first.width)
     wide, tall = first.width * factor, first.height * factor
-    margin = 90 if labels else 0
+    font = ImageFont.load_default(16)
+    margin = max([90, *(int(font.getlength(label)) + 2 * GAP for label in labels)]) if labels else 0
     size = (margin + len(columns) * (wide + GAP) - GAP, BAND + len(rows) * (tall + GAP) - GAP)
     sheet = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    pen = ImageDraw.Draw(sheet)
     for c, label in enumerate(columns):
         pen.text((margin + c * (wide + GAP) + wide / 2, BAND / 2), label, fill="black", font=font, anchor="mm")
     for r, images in enumerate(rows):

@@ -179,11 +179,13 @@ def plot_quality(found: Sequence[Score], path: Path) -> None:
     axes = figure.subplots()
     settings = list(dict.fromkeys(line.setting for line in found))
     for i, setting in enumerate(settings):
-        own = [line for line in found if line.setting == setting]
-        x = [line.size + 0.06 * (i - len(settings) / 2) for line in own]
-        style = "--" if setting.endswith("mean") else "-"
-        present = np.array([line.present for line in own])
-        axes.errorbar(x, present[:, 0], _error(present), marker="o", linestyle=style, capsize=2, label=setting)
+        own = [score for score in found if score.setting == setting]
+        x = [score.size + 0.7 * ((i + 0.5) / len(settings) - 0.5) for score in own]
+        present = np.array([score.present for score in own])
+        line = axes.errorbar(
+            x, present[:, 0], _error(present), marker="o", capsize=2, color=colormaps["tab20"](i % 20), label=setting
+        )
+        line[0].set_linestyle("--" if setting.endswith("mean") else "-")
     axes.set(xlabel="LoRAs in one image", ylabel="all concepts present", ylim=(-0.03, 1.03))
     axes.set_xticks(sorted({line.size for line in found}))
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from cmlora.lab.markdown import header, row
+from cmlora.lab.pictures import labelled_grid
 from cmlora.lab.quality import Picture, picture_name
 from cmlora.sprites.measure import sheet
 
@@ -182,13 +183,40 @@ def _interval(values: tuple[float, float, float]) -> str:
     return f"{mean:.2f} ({low:.2f}-{high:.2f})"
 
 
+def settings_sheet(pictures: Sequence[Picture], out: Path, columns: int = 6) -> Path | None:
+    """Every setting with the largest number of LoRAs, a column per combination, at the first seed: out/settings.png.
+
+    Returns its path; None where the pictures themselves are no longer in `out`.
+    """
+    pictures = _together(pictures)
+    size, seed = max(len(p.loras) for p in pictures), min(p.seed for p in pictures)
+    chosen = {(p.setting, p.loras): p for p in pictures if len(p.loras) == size and p.seed == seed}
+    combinations = list(dict.fromkeys(loras for _, loras in chosen))[:columns]
+    rows = []
+    for name in settings_of(pictures):
+        files = [out / "pictures" / picture_name(chosen[name, loras]) for loras in combinations]
+        if not all(file.exists() for file in files):
+            return None
+        rows.append([Image.open(file) for file in files])
+    heads = ["-".join(name[:3] for name in loras) for loras in combinations]
+    sheet = labelled_grid(rows, heads, settings_of(pictures))
+    sheet.reduce(2).quantize(128).save(out / "settings.png", optimize=True)
+    return out / "settings.png"
+
+
+def _together(pictures: Sequence[Picture]) -> list[Picture]:
+    """Those of all LoRAs in one picture; of each alone there are several side by side."""
+    return [p for p in pictures if not p.config.get("alone")]
+
+
 def contact_sheet(pictures: Sequence[Picture], out: Path, count: int = 32) -> Path | None:
     """A sheet of random pictures, each with its prompt and the concepts that the detector found, to check.
 
     Returns the sheet's path; None where the pictures themselves are no longer in `out`.
     """
-    order = np.random.default_rng(0).permutation(len(pictures))[:count]
-    chosen = [pictures[i] for i in order]
+    together = _together(pictures)
+    order = np.random.default_rng(0).permutation(len(together))[:count]
+    chosen = [together[i] for i in order]
     files = [out / "pictures" / picture_name(p) for p in chosen]
     if not all(file.exists() for file in files):
         return None

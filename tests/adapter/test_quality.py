@@ -139,7 +139,8 @@ def test_a_picture_is_liker_the_loras_that_it_shows(tmp_path, monkeypatch) -> No
         other = next(name for name in colours if name not in loras)
         shown = {"each alone": loras, "both": (loras,), "another": ((other,),)}
         for setting, groups in shown.items():
-            made = Picture(loras, setting, {}, 0, 1, "", dict.fromkeys(loras, 1.0), True, 1.0, 1.0, 1.0, 1.0)
+            config = {"alone": True} if setting == "each alone" else {}
+            made = Picture(loras, setting, config, 0, 1, "", dict.fromkeys(loras, 1.0), True, 1.0, 1.0, 1.0, 1.0)
             means = [np.mean([colours[n] for n in np.atleast_1d(group)], axis=0) for group in groups]
             tiles = [np.full((64, 64, 3), mean, np.uint8) for mean in means]
             (tmp_path / "pictures").mkdir(exist_ok=True)
@@ -154,3 +155,5 @@ def test_a_picture_is_liker_the_loras_that_it_shows(tmp_path, monkeypatch) -> No
     }
     assert scores["each alone"] == pytest.approx(1, abs=1e-3)
     assert scores["each alone"] > scores["both"] > 0.3 > scores["another"]
+    assert report.contact_sheet(pictures, tmp_path).exists()  # pictures of each alone are wider, and not on the sheets
+    assert report.settings_sheet(pictures, tmp_path).exists()

@@ -161,7 +161,8 @@ def _run_weighted_multi_lora(slots: torch.Tensor, scales: torch.Tensor) -> None:
         multi_lora_conv2d_add_(y, images, slots, down, b, scales, backend="triton", **routed)
 
 
-def test_sdxl_lora_traffic_of_a_call_stays_under_5_gb() -> None:
+def test_sdxl_lora_traffic_is_under_5_gb_at_the_assumed_share_and_halved_by_the_default() -> None:
+    """Where the share is not known the strategy is the one that loses least, which fuses fewer layers."""
     assert sum(layer[0] for layer in SDXL_LINEARS) == 722  # the transformers' linear layers of SDXL
     assert sdxl_lora_bytes("sm_90", share=TRITON_SHARE) <= 5e9
     assert sdxl_lora_bytes("sm_90") <= 17.9e9 / 2, "half of what adding in every layer moves"

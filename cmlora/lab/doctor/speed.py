@@ -111,7 +111,7 @@ def once(run: Callable[[], object], device: torch.device, repeats: int = 5) -> f
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
     begin.record()
     for _ in range(repeats):
         run()

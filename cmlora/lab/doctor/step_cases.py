@@ -47,6 +47,9 @@ def _compared(
     return run
 
 
+# A case hands the names of backends through as plain strings, which mypy does not take for the ops' literals.
+
+
 def _combine(normal: Any, device: torch.device, size: int, channels: int) -> Made:
     noise, weights = normal(6, 4, size, size), torch.rand(3, 2, device=device)
     return lambda backend, dtype: ck.combine_noise(noise.to(dtype), weights, backend=backend)  # type: ignore[arg-type]
