@@ -95,14 +95,13 @@ def picture(pipe: StableDiffusionPipeline, **config) -> np.ndarray:
         return (run(pipe, 20, "np") * 255 + 0.5).astype(np.uint8)
 
 
-WEAK = pytest.mark.xfail(reason="found in under half of pictures at weight 1: the model's card", strict=True)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[WEAK] * (n == "balloon")) for n in sprites.CONCEPTS])
+@pytest.mark.parametrize("name", sprites.CONCEPTS)
 def test_each_lora_alone_draws_its_concept(name: str) -> None:
+    """At a weight as people give it; the card (cmlora/sprites/README.md) has the whole curve, and who misses which bound."""
     pipe = StableDiffusionPipeline.from_pretrained(sprites.model_path(), torch_dtype=torch.float32).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
-    pipe.load_lora_weights(sprites.lora_path(name))
+    pipe.load_lora_weights(sprites.lora_path(name), adapter_name=name)
+    pipe.set_adapters([name], [0.7])
     scenes = measure.unseen(3).with_concept(name)
     noise = [torch.Generator().manual_seed(i) for i in range(3)]
     made = pipe(draw.captions(scenes), num_inference_steps=12, guidance_scale=4.0, generator=noise, output_type="np")
