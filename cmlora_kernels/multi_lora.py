@@ -38,40 +38,33 @@ def add_definition(
     groups: Tensor | None = None,
 ) -> Tensor:
     """`multi_lora_add_` in plain torch."""
+    index = slots.clamp_min(0)
+    only = a.shape[0] == 1  # no row needs a copy of its own
     rank = b.shape[2]
-    down, per_row = shrink_definition(x, slots, a, scales, token_weights, groups)
-    for part, (y_part, b_part) in enumerate(
-        zip(y.chunk(scales.shape[1], 2), b[slots.clamp_min(0)].chunk(scales.shape[1], 1), strict=True)
+    down = F.linear(x, a[0]) if only else torch.bmm(x, a[index].transpose(1, 2))
+    if token_weights is not None and groups is not None:
+        down *= column_weights(token_weights, groups if only else groups[index]).transpose(1, 2)
+    per_row = (scales[index] * (slots >= 0).unsqueeze(1)).to(down.dtype)
+    down.unflatten(2, (-1, rank)).mul_(per_row[:, None, :, None])
+    ups = (b if only else b[index]).transpose(1, 2)
+    for into, part, up in zip(
+        y.chunk(scales.shape[1], 2), down.split(rank, 2), ups.chunk(scales.shape[1], 2), strict=True
     ):
-        scaled = down[..., part * rank : (part + 1) * rank] * per_row[:, part, None, None].to(down.dtype)
-        y_part.baddbmm_(scaled, b_part.transpose(1, 2))
+        if only and into.is_contiguous():
+            into.view(-1, into.shape[2]).addmm_(part.flatten(0, 1), up[0])
+        else:
+            into.baddbmm_(part, up.expand(len(x), -1, -1))
     return y
 
 
-def shrink_definition(
-    x: Tensor,
-    slots: Tensor,
-    a: Tensor,
-    scales: Tensor,
-    token_weights: Tensor | None = None,
-    groups: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """x A^T per row [rows, tokens, parts * rank], and the scale per row and part, zero where the slot is -1."""
-    index = slots.clamp_min(0)
-    per_row = scales[index] * (slots >= 0).unsqueeze(1)
-    if token_weights is None or groups is None:
-        return torch.bmm(x, a[index].transpose(1, 2)), per_row
-    down = torch.bmm(a[index], x.transpose(1, 2))  # tokens innermost, as the weights are
-    down *= column_weights(token_weights, groups[index])
-    return down.transpose(1, 2), per_row
-
-
 def column_weights(token_weights: Tensor, groups: Tensor) -> Tensor:
-    """Each row's weights per column of x A^T: groups [rows, columns] -> [rows, columns, tokens]."""
+    """Each row's weights per column of x A^T: groups [rows or 1, columns] -> [rows, columns, tokens]."""
     rows, _, tokens = token_weights.shape
-    whole = token_weights.new_ones(1, 1, 1).expand(rows, 1, tokens)
+    padded = torch.cat([token_weights.new_ones(1, 1, 1).expand(rows, 1, tokens), token_weights], 1)
+    if len(groups) == 1:
+        return padded.index_select(1, groups[0] + 1)
     each = torch.arange(rows, device=groups.device).unsqueeze(1)
-    return torch.cat([token_weights, whole], 1)[each, groups]  # -1 is the last one
+    return padded[each, groups + 1]  # -1, none, is the first
 
 
 def linear_definition(

@@ -97,7 +97,7 @@ def picture(pipe: StableDiffusionPipeline, **config) -> np.ndarray:
 
 @pytest.mark.parametrize("name", sprites.CONCEPTS)
 def test_each_lora_alone_draws_its_concept(name: str) -> None:
-    """At a weight as people give it; the card (cmlora/sprites/README.md) has the whole curve, and who misses which bound."""
+    """At a weight as people give it; the card in cmlora/sprites/README.md has the whole curve."""
     pipe = StableDiffusionPipeline.from_pretrained(sprites.model_path(), torch_dtype=torch.float32).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(sprites.lora_path(name), adapter_name=name)
