@@ -10,7 +10,7 @@ CARD = "cmlora/sprites/README.md"
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the card as sprites.md."""
-    text = (Path(config.config_file_path).parent / CARD).read_text()
+    text = (Path(config.config_file_path).parent / CARD).read_text().replace("../../csrc_docs/", "")
     files.append(File.generated(config, "sprites.md", content=text))
     return files
 
