@@ -8,7 +8,7 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from cmlora.batch.identity import identity, memory
+from cmlora.batch.identity import identity, memory, version
 from cmlora.lora.bank import tuner_layers
 from cmlora.lora.check import own_forward
 from cmlora.lora.plain import torchs_own
@@ -49,7 +49,8 @@ def _touched(state: dict[str, Any]) -> bool:
 
 
 class Switches:
-    """What `pipe.set_adapters`, `disable_lora` and their like set, to be compared in every step of a run.
+    """What `pipe.set_adapters`, `disable_lora` and their like set, and weights that are written to or exchanged, to be
+    compared in every step of a run. Writing through `.data` leaves no trace, and is seen by the next run.
 
     Args:
         model: with PEFT's layers, which are looked for once; ones that come with another adapter change the state, too.
@@ -57,10 +58,17 @@ class Switches:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.layers = [layer.__dict__ for _, layer in tuner_layers(model)]
+        layers = [layer for _, layer in tuner_layers(model)]
+        self.layers = [layer.__dict__ for layer in layers]
+        parts = ("lora_A", "lora_B")
+        ups_and_downs = [part for layer in layers for name in parts for part in getattr(layer, name, {}).values()]
+        bases: list[Any] = [layer.get_base_layer() for layer in layers]
+        self.parameters = [module._parameters for module in (*bases, *ups_and_downs)]
+        self.seen: list[Tensor] = []  # held, so that no other tensor gets the id of one of them
 
     def now(self) -> list[object]:
-        """Equal as long as nothing was switched: active adapters, scalings, disabled and fused ones, by layer."""
+        """Equal as long as nothing was switched or written: active adapters, scalings, disabled and fused ones, by
+        layer, and which weights there are in which version."""
         state: list[object] = [*getattr(self.model, "peft_config", ())]
         for layer in self.layers:
             active = layer.get("_active_adapter")
@@ -70,4 +78,8 @@ class Switches:
             for name, scaling in layer.get("scaling", {}).items():
                 state.append(name)
                 state.append(identity(scaling) if isinstance(scaling, Tensor) else scaling)
+        weights = [weight for given in self.parameters if (weight := given.get("weight")) is not None]
+        state += map(id, weights)
+        state += map(version, weights)
+        self.seen = weights
         return state

@@ -196,12 +196,27 @@ def as_a_tensor(unet):
     next(iter(unet_layers(unet))).scaling["b"].mul_(2)
 
 
+def written_to(unet):
+    unet_layers(unet)[0].lora_A["a"].weight.requires_grad_(False).mul_(2)
+
+
+def base_written(unet):
+    unet_layers(unet)[0].get_base_layer().weight.requires_grad_(False).mul_(2)
+
+
+def exchanged(unet):
+    up = unet_layers(unet)[0].lora_B["a"]
+    up.weight = nn.Parameter(up.weight.clone())
+
+
 def unet_layers(unet):
     return [module for module in unet.modules() if hasattr(module, "lora_A")]
 
 
 @pytest.mark.parametrize(
-    "change", [scaled, fewer, disabled, fused, in_place, deleted, another, as_a_tensor], ids=lambda c: c.__name__
+    "change",
+    [scaled, fewer, disabled, fused, in_place, deleted, another, as_a_tensor, written_to, base_written, exchanged],
+    ids=lambda c: c.__name__,
 )
 def test_what_is_switched_in_a_run_is_seen(change):
     unet = unet_with("a", "b")
