@@ -39,7 +39,12 @@ def left_to_peft(name: str, layer: BaseTunerLayer) -> bool:
         return True
     if layer.disable_adapters:
         return bool(layer.merged)  # PEFT unfuses it in passing
-    return not layer.merged and _problem(layer, layer.active_adapters) is not None
+    if layer.merged:
+        return False
+    random = [_dropping(n) for n in layer.active_adapters if _drops(layer, n)]
+    if random:  # PEFT's own forward would draw other numbers: what is alike in two rows runs once here
+        raise AdapterError(f"{name}: {random[0]}")
+    return _problem(layer, layer.active_adapters) is not None
 
 
 def own_forward(layer: nn.Module) -> bool:
@@ -102,15 +107,26 @@ def _adapter(layer: Any, n: str) -> str | None:
             f"or {KEEPS}"
         )
     kind = nn.Conv2d if isinstance(layer, PeftConv2d) else nn.Linear
-    dropout = layer.lora_dropout[n]
-    if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0:
-        return f"adapter {n!r} has a dropout in force, which draws each row differently: call pipe.unet.eval()"
-    if not weights_alone(down, kind) or not weights_alone(up, kind) or not unhooked(dropout):
+    if _drops(layer, n):
+        return _dropping(n)
+    if not weights_alone(down, kind) or not weights_alone(up, kind) or not unhooked(layer.lora_dropout[n]):
         return (
             f"adapter {n!r} has hooks, a forward or weights of its own in lora_A, lora_B or lora_dropout, which a "
             f"batch passes by; take them off, or {KEEPS}"
         )
     return None
+
+
+def _drops(layer: Any, n: str) -> bool:
+    """Whether an adapter's dropout is in force."""
+    if n not in layer.lora_dropout:
+        return False
+    dropout = layer.lora_dropout[n]
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+
+
+def _dropping(n: str) -> str:
+    return f"adapter {n!r} has a dropout in force, which draws each row differently: call pipe.unet.eval()"
 
 
 def _check_offload(name: str, layer: BaseTunerLayer) -> None:

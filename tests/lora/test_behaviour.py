@@ -195,7 +195,7 @@ def test_an_adapter_that_is_more_than_its_weights_is_refused_by_name(change):
     build_bank(unet, ((("b", 1.0),),) if change is not own_layer else (), device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("change", ADAPTERS, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", [c for c in ADAPTERS if c is not dropping], ids=lambda change: change.__name__)
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_and_a_merge_leaves_it_to_peft(change, scale):
     unet = unet_with("a", "b")
