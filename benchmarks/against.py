@@ -9,13 +9,17 @@ idle. Both checkouts must have benchmarks/bench_pipeline.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+COUNT, STEPS = 3, {"sprites": 8, "sd15": 2}
+"""LoRAs, and denoising steps by model."""
 CASES = {
     "merge": {"method": "merge", "cache_interval": 1},
     "merge, cached": {"method": "merge", "cache_interval": 2},
@@ -48,7 +52,8 @@ class Checkout:
     def __init__(self, folder: Path) -> None:
         environment = os.environ | {"PYTHONPATH": f"{folder}:{folder / 'benchmarks'}"}
         command = [sys.executable, "-W", "ignore", "-c", WORKER]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # as long as the process
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(command, env=environment, cwd=folder, text=True, **pipes)
 
     def tell(self, line: object) -> None:
@@ -59,10 +64,13 @@ class Checkout:
     def ask(self, line: object) -> str:
         """Send one line and wait for the answer."""
         assert self.process.stdout is not None
-        self.tell(line)
+        with contextlib.suppress(BrokenPipeError):  # its own error says more, below
+            self.tell(line)
         answer = self.process.stdout.readline().strip()
         if not answer:
-            raise SystemExit(f"the worker stopped with {self.process.wait()} behind: {line}")
+            status = self.process.wait()
+            self.errors.seek(0)
+            raise SystemExit(f"the worker stopped with {status} behind {line}:\n{self.errors.read()[-2000:]}")
         return answer
 
 
@@ -73,24 +81,23 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9)
     args = parser.parse_args()
     this, other = Checkout(ROOT), Checkout(args.folder.resolve())
-    for model, steps in (("sprites", 8), ("sd15", 2)):
-        for count in (3,):
-            for name, config in CASES.items():
-                for side in (this, other):
-                    side.ask((model, count, steps, config))
-                times = []
-                for pair in range(args.pairs):
-                    order = (this, other) if pair % 2 else (other, this)
-                    taken = {side: float(side.ask("go")) for side in order}
-                    times.append((taken[this], taken[other]))
-                ratios = sorted(theirs / ours for ours, theirs in times)
-                print(
-                    f"{model} N={count}, {name}: {statistics.median(ratios):.2f} times as fast as the other"
-                    f" ({ratios[0]:.2f} to {ratios[-1]:.2f}), {statistics.median(t for t, _ in times):.3f} s",
-                    flush=True,
-                )
-                for side in (this, other):
-                    side.tell("end")
+    for model, steps in STEPS.items():
+        for name, config in CASES.items():
+            for side in (this, other):
+                side.ask((model, COUNT, steps, config))
+            times = []
+            for pair in range(args.pairs):
+                order = (this, other) if pair % 2 else (other, this)
+                taken = {side: float(side.ask("go")) for side in order}
+                times.append((taken[this], taken[other]))
+            ratios = sorted(theirs / ours for ours, theirs in times)
+            print(
+                f"{model} N={COUNT}, {name}: {statistics.median(ratios):.2f} times as fast as the other"
+                f" ({ratios[0]:.2f} to {ratios[-1]:.2f}), {statistics.median(t for t, _ in times):.3f} s",
+                flush=True,
+            )
+            for side in (this, other):
+                side.tell("end")
 
 
 if __name__ == "__main__":

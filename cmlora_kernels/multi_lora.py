@@ -43,7 +43,7 @@ def add_definition(
     rank = b.shape[2]
     down = F.linear(x, a[0]) if only else torch.bmm(x, a[index].transpose(1, 2))
     if token_weights is not None and groups is not None:
-        down *= column_weights(token_weights, groups if only else groups[index]).transpose(1, 2)
+        down *= column_weights(token_weights, groups, index).transpose(1, 2)
     per_row = (scales[index] * (slots >= 0).unsqueeze(1)).to(down.dtype)
     down.unflatten(2, (-1, rank)).mul_(per_row[:, None, :, None])
     ups = (b if only else b[index]).transpose(1, 2)
@@ -57,14 +57,14 @@ def add_definition(
     return y
 
 
-def column_weights(token_weights: Tensor, groups: Tensor) -> Tensor:
-    """Each row's weights per column of x A^T: groups [rows or 1, columns] -> [rows, columns, tokens]."""
+def column_weights(token_weights: Tensor, groups: Tensor, index: Tensor) -> Tensor:
+    """Each row's weights per column of x A^T [rows, columns, tokens], of slot index[row] of groups [slots, columns]."""
     rows, _, tokens = token_weights.shape
     padded = torch.cat([token_weights.new_ones(1, 1, 1).expand(rows, 1, tokens), token_weights], 1)
     if len(groups) == 1:
         return padded.index_select(1, groups[0] + 1)
     each = torch.arange(rows, device=groups.device).unsqueeze(1)
-    return padded[each, groups + 1]  # -1, none, is the first
+    return padded[each, groups[index] + 1]  # -1, none, is the first
 
 
 def linear_definition(

@@ -59,7 +59,7 @@ def conv2d_add_definition(
     image, kernels = x.reshape(1, rows * channels, height, width), a[index].flatten(0, 1)
     down = F.conv2d(image, kernels, None, stride, padding, dilation, groups=rows).view(rows, a.shape[1], -1)
     if token_weights is not None and groups is not None:
-        down *= column_weights(token_weights, groups if len(groups) == 1 else groups[index])
+        down *= column_weights(token_weights, groups, index)
     per_row = (scales[index] * (slots >= 0).unsqueeze(1)).unsqueeze(2).to(x.dtype)
     return y.add_(torch.bmm(b[index], down * per_row).view(y.shape))
 

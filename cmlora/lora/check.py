@@ -41,9 +41,9 @@ def left_to_peft(name: str, layer: BaseTunerLayer) -> bool:
         return bool(layer.merged)  # PEFT unfuses it in passing
     if layer.merged:
         return False
-    random = [_dropping(n) for n in layer.active_adapters if _drops(layer, n)]
-    if random:  # PEFT's own forward would draw other numbers: what is alike in two rows runs once here
-        raise AdapterError(f"{name}: {random[0]}")
+    for n in layer.active_adapters:
+        if _drops(layer, n):  # it would draw other numbers than in the plain pipeline: what rows share runs once
+            raise AdapterError(f"{name}: {_dropping(n)}")
     return _problem(layer, layer.active_adapters) is not None
 
 
