@@ -55,6 +55,9 @@ class CMLoRAConfig:
         mask_temperature: of the softmax over adapters at a place: small, the strongest alone acts there; large, all do.
             None: 0.6 for routed, 0.25 for local.
         mask_blur: side of the box mean over places that masks are made of, odd; 1: none.
+        mask_text: share of every adapter's update that `routed` takes where there are no places: in the keys and values
+            of the prompt, text tokens, the embedding of the time step. 1: whole, as a merge; half is better for three
+            or more (csrc_docs/places.md).
         shared: adapters that act in every prediction, the base model's too, everywhere (LCM, Lightning, quality LoRAs):
             they take no part in dominance, masks or means.
         regions: {adapter: mask}: a mask of one's own, a tensor, array or picture of any size in 0..1. `routed` takes it
@@ -104,6 +107,7 @@ class CMLoRAConfig:
     combine: Combine = "local"
     mask_steps: int = 2
     mask_temperature: float | None = None
+    mask_text: float = 1.0
     mask_blur: int = 3
     shared: Sequence[str] = ()
     regions: Mapping[str, Any] | None = None
@@ -176,6 +180,7 @@ class CMLoRAConfig:
         _integer("mask_blur", self.mask_blur, 1)
         if self.mask_blur % 2 == 0:
             raise ConfigError(f"mask_blur must be odd, got {self.mask_blur}")
+        _number("mask_text", self.mask_text, 0, 1)
         if self.mask_temperature is not None:
             _number("mask_temperature", self.mask_temperature, 0, None, "None", above=True)
         if self.method == "routed" and self.merge_weights:

@@ -98,7 +98,7 @@ class Routing:
     def placing(self, who: tuple[int, ...], device: torch.device) -> Placing:
         """Where the adapters of these predictions act; the same as long as the masks are."""
         if self._placing is None or self._placing.who != who or self._placing.masks is not self.masks:
-            self._placing = Placing(who, self.masks, self.adapters, device)
+            self._placing = Placing(who, self.masks, self.adapters, device, self.config.mask_text)
         return self._placing
 
     def measure(self, noise: Tensor, own: int, halves: int) -> None:

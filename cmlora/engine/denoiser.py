@@ -287,7 +287,7 @@ class Denoiser:
         lane.cache = None  # let go of before its successor is made
         given = combine is not None and combine.masks_given is not None  # which no captured step would take over
         captured = None if step.probe is not None or given else self.spending.captured_steps(run, lane, inputs)
-        work = Work(everyone, deep, follow, combine, step.who)
+        work = Work(everyone, deep, follow, combine, step.who, self.config.mask_text)
         if captured is not None:
             if not captured.holds(lane.conditions, inputs):
                 lane.conditions = captured.begin(inputs, everyone, run.timesteps)

@@ -186,7 +186,7 @@ class _Kind:
         before = None if step.deep is not None and step.deep.index is None else owner.cache
         placing = None
         if step.who and owner.masks is not None:
-            placing = Placing(step.who, owner.masks, owner.masks.shape[0], owner.masks.device)
+            placing = Placing(step.who, owner.masks, owner.masks.shape[0], owner.masks.device, step.elsewhere)
         noise, cache = step.run(
             owner.batched, owner.inputs, before, owner.one_step, 0, owner.at_once, self.weights, placing
         )

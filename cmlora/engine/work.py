@@ -23,6 +23,7 @@ class Work:
         follow: for each adapter's prediction the base model's whose cached feature it follows; (): none does.
         combine: how the predictions become one; None: they are handed out as they are.
         who: what of its slot's adapters a prediction has, where they have masks.
+        elsewhere: what they weigh where there are no places.
     """
 
     everyone: Rows
@@ -30,6 +31,7 @@ class Work:
     follow: tuple[int, ...]
     combine: Combiner | None
     who: tuple[int, ...]
+    elsewhere: float
 
     def run(
         self,

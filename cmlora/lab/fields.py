@@ -43,6 +43,7 @@ CHANGES: dict[str, tuple[Config, Sequence[Any]]] = {
     "combine": (_COMPOSITE, ("mean", "deviation", "local")),
     "mask_steps": (_ROUTED, (1, 2, 4, 8)),
     "mask_temperature": (_ROUTED, (0.1, 0.3, 0.6, 1.0, 3.0)),
+    "mask_text": (_ROUTED, (0.0, 0.5, 1.0)),
     "mask_blur": (_LOCAL, (1, 3, 7)),
     "shared": (_COMPOSITE, ((), ("background",))),
     "regions": (_ROUTED, (None, {"background": _LEFT}, {"background": 1 - _LEFT})),

@@ -27,12 +27,13 @@ class Peer:
     """
 
     def __init__(self, pipe, kind, names, rule, *, weights=None, interval=1, cut=(1, 1), dominance=None, apart=1,
-                 halves=1, shared=(), prompts=None, regions=None, mask_steps=2, follow=True):  # fmt: skip
+                 halves=1, shared=(), prompts=None, regions=None, mask_steps=2, mask_text=1.0,
+                 follow=True):  # fmt: skip
         self.pipe, self.kind, self.net, self.names, self.rule = pipe, kind, pipe.transformer, list(names), rule
         self.weights = dict(zip(names, weights or [1.0] * len(names), strict=True))
         self.interval, self.dominance, self.apart, self.halves = interval, dominance, apart, halves
         self.shared, self.prompts, self.regions = list(shared), prompts or {}, regions or {}
-        self.mask_steps, self.follow, self.calls = mask_steps, follow, 0
+        self.mask_steps, self.mask_text, self.follow, self.calls = mask_steps, mask_text, follow, 0
         self.blocks = [b for name in KINDS[kind].blocks for b in getattr(self.net, name)]
         self.deep = self.blocks[cut[0] : len(self.blocks) - cut[1]]
         self.kept, self.masks, self.strength, self.seen = {}, {}, None, {}
@@ -188,23 +189,25 @@ class Peer:
     def _masked(self):
         """Every adapter's update times its mask, on image tokens: behind the text, in Z-Image before it."""
         with contextlib.ExitStack() as stack:
-            for path, module in self.net.named_modules() if self.masks else ():
+            for path, module in self.net.named_modules():
                 text = any(part in path for part in ("context", "add_", "txt_", "cap_", "t_embedder", "time_text"))
-                if isinstance(module, LoraLayer) and not text:
+                if isinstance(module, LoraLayer):
                     for name in (n for n in self.names if n in module.lora_B):
-                        hook = module.lora_B[name].register_forward_hook(self._multiplier(name))
+                        hook = module.lora_B[name].register_forward_hook(self._multiplier(name, text))
                         stack.callback(hook.remove)
             yield
 
-    def _multiplier(self, name):
+    def _multiplier(self, name, text):
         def multiply(_, inputs, out):
+            if text or out.ndim == 2:
+                return out * self.mask_text
+            places = self.masks.get(name, torch.ones(1, 1, 16, 16))
             if out.ndim == 4:
-                return out * F.adaptive_avg_pool2d(self.masks[name], out.shape[2:]).repeat(self.halves, 1, 1, 1)
-            if out.ndim != 3:
-                return None
-            mask = F.adaptive_avg_pool2d(self.masks[name], (8, 8)).flatten(2).transpose(1, 2)
+                mask = F.adaptive_avg_pool2d(places, out.shape[2:])
+                return out * mask.repeat(out.shape[0] // mask.shape[0], 1, 1, 1)
+            mask = F.adaptive_avg_pool2d(places, (8, 8)).flatten(2).transpose(1, 2)
             mask = mask.repeat(out.shape[0] // mask.shape[0], 1, 1)
-            text = torch.ones(mask.shape[0], out.shape[1] - 64, 1)
-            return out * torch.cat([mask, text] if self.kind == "z_image" else [text, mask], 1)
+            rest = torch.full((mask.shape[0], out.shape[1] - 64, 1), self.mask_text)
+            return out * torch.cat([mask, rest] if self.kind == "z_image" else [rest, mask], 1)
 
         return multiply

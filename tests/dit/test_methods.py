@@ -16,6 +16,7 @@ METHODS = {
     "local": ({"method": "composite", "combine": "local"}, {"rule": "local"}),
     "cmlora": ({"method": "cmlora", "combine": "deviation", **STAGE}, {"rule": "deviation", "dominance": 2.5}),
     "routed": ({"method": "routed"}, {"rule": "routed"}),
+    "routed, less text": ({"method": "routed", "mask_text": 0.4}, {"rule": "routed", "mask_text": 0.4}),
     "switch": ({"method": "switch", "switch_step": 2}, {"rule": "switch"}),
 }
 TWICE = ("flux", "qwen")  # call their transformer once per guidance half

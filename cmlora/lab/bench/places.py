@@ -33,7 +33,7 @@ class PlacesLoop(Loop):
         halves: guidance halves of a call, the conditional one last.
         shared: adapters that act in every prediction.
         regions: {adapter: [height, width]}. prompts: {adapter: (embeddings, pooled or None)}, [images, ...] each.
-        mask_steps, temperature, blur: as of CMLoRAConfig; temperature None: the rule's own.
+        mask_steps, mask_text, temperature, blur: as of CMLoRAConfig; temperature None: the rule's own.
     """
 
     def __init__(
@@ -48,13 +48,14 @@ class PlacesLoop(Loop):
         regions: Mapping[str, Tensor] | None = None,
         prompts: Mapping[str, tuple[Tensor, Tensor | None]] | None = None,
         mask_steps: int = 2,
+        mask_text: float = 1.0,
         temperature: float | None = None,
         blur: int = 3,
         **how: Any,
     ) -> None:
         super().__init__(unet, names, weights, **how)
         self.rule, self.halves, self.shared, self.mask_steps = rule, halves, list(shared), mask_steps
-        self.regions, self.prompts = dict(regions or {}), dict(prompts or {})
+        self.mask_text, self.regions, self.prompts = mask_text, dict(regions or {}), dict(prompts or {})
         self.temperature = temperature or (0.6 if rule == "routed" else 0.25)
         self.blur, self.strength = blur, torch.zeros(0)
         self.masks: dict[str, Tensor] = {}  # [images, 1, height, width]
@@ -180,23 +181,26 @@ class PlacesLoop(Loop):
             places[:] = [_size(inputs[0])]
 
         with ExitStack() as stack:
-            for path, module in self.unet.named_modules() if self.masks else ():
+            for path, module in self.unet.named_modules():
                 if isinstance(module, Transformer2DModel):
                     stack.callback(module.register_forward_pre_hook(enter).remove)
-                if isinstance(module, LoraLayer) and not path.endswith(("attn2.to_k", "attn2.to_v")):
+                if isinstance(module, LoraLayer):
+                    text = path.endswith(("attn2.to_k", "attn2.to_v"))
                     for name in (name for name in self.names if name in module.lora_B):
-                        hook = module.lora_B[name].register_forward_hook(self._multiplier(name, places))
+                        hook = module.lora_B[name].register_forward_hook(self._multiplier(name, places, text))
                         stack.callback(hook.remove)
             yield
 
-    def _multiplier(self, name: str, places: list[tuple[int, int]]) -> Any:
-        def multiply(_: nn.Module, inputs: Any, out: Tensor) -> Tensor | None:
+    def _multiplier(self, name: str, places: list[tuple[int, int]], text: bool) -> Any:
+        def multiply(_: nn.Module, inputs: Any, out: Tensor) -> Tensor:
+            if text or out.ndim == 2:  # time and class embeddings are no places
+                return out * self.mask_text
+            if not self.masks:
+                return out
             mask = torch.cat([self.masks[name]] * self.halves)
             if out.ndim == 4:
                 return out * F.adaptive_avg_pool2d(mask, _size(out))
-            if out.ndim == 3:
-                return out * F.adaptive_avg_pool2d(mask, places[0]).flatten(2).transpose(1, 2)
-            return None  # time and class embeddings are no places
+            return out * F.adaptive_avg_pool2d(mask, places[0]).flatten(2).transpose(1, 2)
 
         return multiply
 
