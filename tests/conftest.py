@@ -1,9 +1,10 @@
-"""Where the tests run: on the GPU where there is one, else in the interpreter; two threads, no downloads."""
+"""Where the tests run: on the GPU where there is one, else in the interpreter; on two threads, no downloads."""
 
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# a worker of `pytest -n 2` has one core, and has inherited what its parent set
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else os.environ.get("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest

@@ -116,6 +116,9 @@ def generate(
         list[str] | None, typer.Option(help="NAME=MASK.png or NAME=x0,y0,x1,y1 in shares of the image; repeat.")
     ] = None,
     lora_prompt: Annotated[list[str] | None, typer.Option(help='NAME="that LoRA\'s own prompt"; repeat.')] = None,
+    mask_text: Annotated[
+        float, typer.Option(min=0, max=1, help="routed: how much of the LoRAs acts in the prompt; try 0.5.")
+    ] = CMLoRAConfig.mask_text,
     masks: Annotated[Path | None, typer.Option(help="PNG to write: where in the image each LoRA acts.")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
@@ -131,9 +134,15 @@ def generate(
         check_masks(methods, combine, "regions" in places)
     pipe = load(model, files)
     interval: int | str = int(cache_interval) if cache_interval.isdigit() else cache_interval
+    how: dict[str, Any] = {
+        "partition": partition,
+        "combine": combine,
+        "cache_interval": interval,
+        "mask_text": mask_text,
+    }
     images = []
     for name in methods:
-        accelerate(pipe, method=name, partition=partition, combine=combine, cache_interval=interval, **places)
+        accelerate(pipe, method=name, mask_text=mask_text, **how, **places)
         pipe.set_progress_bar_config(desc=name)
         images.append(_draw(pipe, prompt, negative, steps, guidance, seed, height, width))
         run = summary(pipe)

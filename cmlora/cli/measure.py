@@ -18,7 +18,8 @@ def quality(
         "cmlora-quality"
     ),
     preset: Annotated[
-        str, typer.Option(help="What to compare: methods, partitions, frontier, search or masks.")
+        str,
+        typer.Option(help="Methods, published, partitions, frontier, search, masks, text or trouble."),
     ] = "methods",
     setting: Annotated[
         list[str] | None, typer.Option(help="NAME:field=value,... of CMLoRAConfig; repeat; instead of the preset.")
@@ -35,7 +36,7 @@ def quality(
     from cmlora.lab import report
     from cmlora.lab.plots import plot_frontier, plot_quality  # before the work: it may lack matplotlib
     from cmlora.lab.quality import Half, detector_report, run
-    from cmlora.lab.settings import PRESETS, parse_setting
+    from cmlora.lab.settings import COMPARED, PRESETS, parse_setting
 
     if half not in ("choose", "report", "all"):
         raise typer.BadParameter(f"--half must be choose, report or all, got {half!r}")
@@ -58,10 +59,8 @@ def quality(
     plot_quality(report.scores_by_size(pictures), out / "quality.png")
     plot_frontier(report.scores_over_sizes(pictures), out / "frontier.png")
     parts += ["", "Against cost:", "", report.cost_table(pictures)]
-    if preset == "methods" and not named:
-        parts += ["", "Differences on the same combination and noise:"]
-        for ours in ("routed", "composite, local"):
-            parts += ["", report.gains_table(pictures, ours)]
+    for ours in (name for name in COMPARED if name in chosen):
+        parts += ["", "Differences on the same combination and noise:", "", report.gains_table(pictures, ours)]
     if judge:
         from cmlora.lab.likeness import likeness_table
 

@@ -13,7 +13,16 @@ from cmlora import sprites
 from cmlora.accelerate import accelerate, restore, summary
 from cmlora.lab.pictures import labelled_grid, masks_over, timeline
 
-METHODS = ("merge", "switch", "composite", "cmlora", "routed")
+METHODS: dict[str, tuple[float, dict[str, Any]]] = {
+    "merge": (1.0, {"method": "merge"}),
+    "merge at 0.6": (0.6, {"method": "merge"}),
+    "switch": (1.0, {"method": "switch"}),
+    "composite": (1.0, {"method": "composite"}),
+    "cmlora": (1.0, {"method": "cmlora"}),
+    "routed": (1.0, {"method": "routed"}),
+    "routed at 0.6": (0.6, {"method": "routed", "mask_text": 0.5}),
+}
+"""A weight for every LoRA, and fields of CMLoRAConfig."""
 ADAPTERS = {  # role, in the order in which LoRAs are added -> trigger word and its clause
     "character": ("zebrin", "a zebrin creature"),
     "clothing": ("tophat", "wearing a tophat"),
@@ -39,11 +48,12 @@ def prompt_for(roles: Sequence[str]) -> str:
     return ", ".join(ADAPTERS[role][1] for role in ADAPTERS if role in roles)
 
 
-def draw(pipe: Any, roles: Sequence[str], method: str, steps: int, seed: int, **config: Any) -> Image.Image:
-    """One image with one method; the pipeline stays accelerated, so that `summary` can be asked."""
-    pipe.set_adapters(list(roles))
-    accelerate(pipe, method=method, **config)
-    pipe.set_progress_bar_config(desc=f"{len(roles)} LoRAs, {method}", leave=False)
+def draw(pipe: Any, roles: Sequence[str], name: str, steps: int, seed: int) -> Image.Image:
+    """One image with one of `METHODS`; the pipeline stays accelerated, so that `summary` can be asked."""
+    weight, config = METHODS[name]
+    pipe.set_adapters(list(roles), [weight] * len(roles))
+    accelerate(pipe, **config)
+    pipe.set_progress_bar_config(desc=f"{len(roles)} LoRAs, {name}", leave=False)
     generator = torch.Generator().manual_seed(seed)
     image: Image.Image = pipe(
         prompt_for(roles), num_inference_steps=steps, guidance_scale=4.0, generator=generator
@@ -61,11 +71,11 @@ def run_demo(out: Path, steps: int = 16, seed: int = 1) -> Iterator[Path]:
     out.mkdir(parents=True, exist_ok=True)
     roles = tuple(ADAPTERS)
     pipe = load_pipe(roles)
-    images = [[draw(pipe, roles[:n], method, steps, seed) for method in METHODS] for n in range(2, len(roles) + 1)]
+    images = [[draw(pipe, roles[:n], name, steps, seed) for name in METHODS] for n in range(2, len(roles) + 1)]
     labels = [f"{n} LoRAs" for n in range(2, len(roles) + 1)]
-    labelled_grid(images, METHODS, labels).save(out / "methods.png")
+    labelled_grid(images, list(METHODS), labels).save(out / "methods.png")
     yield out / "methods.png"
-    image = draw(pipe, roles[:4], "routed", steps, seed)
+    image = draw(pipe, roles[:4], "routed at 0.6", steps, seed)
     masks_over(image, summary(pipe).masks).save(out / "masks.png")
     yield out / "masks.png"
     image = draw(pipe, roles[:4], "cmlora", steps, seed)

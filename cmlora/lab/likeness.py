@@ -56,9 +56,11 @@ def likeness_table(pictures: Sequence[Picture], out: Path, ceiling: str = "each 
 
     Args:
         pictures: records; those of `ceiling` are the LoRAs' own, and are held out when they are looked at themselves.
-        out: the run's folder, with the pictures.
+        out: the run's folder, with the pictures. A combination of which some are no longer there is left out.
     """
     judge = load_judge()
+    gone = {p.loras for p in pictures if not (out / "pictures" / picture_name(p)).exists()}
+    pictures = [p for p in pictures if p.loras not in gone]
     seen = {p.key: features(judge, _load(out, p)) for p in pictures}
     drawn_alone = [p for p in pictures if p.setting == ceiling]
     alone = [(n, p.loras, f) for p in drawn_alone for n, f in zip(p.loras, seen[p.key], strict=True)]
@@ -74,7 +76,11 @@ def likeness_table(pictures: Sequence[Picture], out: Path, ceiling: str = "each 
         return np.asarray(to @ x / (np.linalg.norm(to, axis=1) * np.linalg.norm(x)))
 
     right = np.mean([names[int(np.argmax(cosines(f, loras)))] == name for name, loras, f in alone])
-    lines = [f"The judge knows {right:.0%} of {len(alone)} pictures of one LoRA; by chance 1 in {len(names)}.", ""]
+    lines = [
+        f"The judge knows {right:.0%} of {len(alone)} pictures of one LoRA; by chance 1 in {len(names)}. "
+        f"Judged are {len({p.loras for p in pictures})} combinations.",
+        "",
+    ]
     lines += list(header("setting", "likeness to its LoRAs' own pictures"))
     for setting in settings_of(pictures):
         values = []

@@ -25,7 +25,7 @@ from cmlora.accelerate import accelerated
 from cmlora.lab.realism import Realism
 from cmlora.lab.rivals import merged_by_peft
 from cmlora.lab.settings import Config, own_fields
-from cmlora.sprites import ROLES, draw, lora_path, model_path, role_of
+from cmlora.sprites import ROLES, TROUBLE, draw, lora_path, model_path, role_of
 from cmlora.sprites.detector import Detector, load_detector, probabilities
 from cmlora_kernels.flops import FLOPS
 
@@ -102,7 +102,7 @@ def scene_of(loras: Sequence[str], seed: int) -> draw.Scenes:
 
 @dataclass
 class Evaluator:
-    """Draws and scores: the pipeline with all ten LoRAs, the detector, renders, and FLOPs that were counted already."""
+    """Draws and scores: the pipeline with all its LoRAs, the detector, renders, and FLOPs that were counted already."""
 
     pipe: Any
     detector: Detector
@@ -117,7 +117,7 @@ class Evaluator:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         pipe = StableDiffusionPipeline.from_pretrained(model_path(), torch_dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
-        for name in draw.CONCEPTS:
+        for name in (*draw.CONCEPTS, *TROUBLE):
             pipe.load_lora_weights(lora_path(name), adapter_name=adapter_name(name))
         detector = load_detector()
         realism = Realism(pipe.vae, detector)
@@ -173,11 +173,17 @@ class Evaluator:
         seeds: Sequence[int],
     ) -> tuple[Pixels, float]:
         """Pictures uint8 [n, 64, 64, 3] with these LoRAs together, and the GFLOP of the UNet for all of them."""
-        names = [adapter_name(name) for name in loras]
+        swap = config.get("swap", "")
+        names = [adapter_name(swap if TROUBLE.get(swap) == name else name) for name in loras]
         self.pipe.set_adapters(names, [config.get("weights", 1.0)] * len(names))
         kind = config.get("peft")
         cost = (len(loras), setting, json.dumps(config, sort_keys=True), len(seeds), steps)
-        with merged_by_peft(self.pipe, names, kind) if kind else accelerated(self.pipe, **own_fields(config)):
+        fields = own_fields(config)
+        if "shared" in fields:
+            fields["shared"] = [
+                adapter for adapter, name in zip(names, loras, strict=True) if role_of(name) in fields["shared"]
+            ]
+        with merged_by_peft(self.pipe, names, kind) if kind else accelerated(self.pipe, **fields):
             if cost in self.flops:
                 made = self._call(prompts, steps, seeds)
             else:  # adapters weigh so little that one combination of a size stands for all
@@ -210,9 +216,9 @@ class Evaluator:
         return made, total / 1e9
 
 
-def adapter_name(concept: str) -> str:
+def adapter_name(lora: str) -> str:
     """As people name theirs: by role, so that the split into high and low follows it."""
-    return f"{role_of(concept)}_{concept}"
+    return f"{role_of(TROUBLE.get(lora, lora))}_{lora}"
 
 
 def read(path: Path) -> list[Picture]:
@@ -275,7 +281,8 @@ def _jobs(
     settings: Mapping[str, Config], sizes: Sequence[int], half: Half, limit: int | None
 ) -> Iterator[tuple[tuple[str, ...], str, Config]]:
     """Combination after combination, so that an interrupted run has all settings of those that it got to."""
-    rows = [choose_combinations(size, half, limit) for size in sizes]
+    swapped = {TROUBLE[config["swap"]] for config in settings.values() if "swap" in config}
+    rows = [[loras for loras in choose_combinations(size, half) if swapped <= set(loras)][:limit] for size in sizes]
     for step in itertools.zip_longest(*rows):
         for loras in step:
             if loras is not None:

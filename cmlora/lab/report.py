@@ -138,17 +138,21 @@ def table(pictures: Sequence[Picture], ceiling: str = "each alone") -> str:
 
 
 def gains_table(pictures: Sequence[Picture], setting: str) -> str:
-    """Markdown: how much higher `setting` is than each other setting, per number of LoRAs: concept score, rest kept."""
+    """Markdown: how much higher `setting` is than each other setting, in all pictures and per number of LoRAs.
+
+    Compared are concept score and rest kept.
+    """
     sizes = sorted({len(p.loras) for p in pictures})
     values = (("concept", score_of), ("rest", named_of))
-    lines = list(header(f"{setting} against", *(f"{what}, {size} LoRAs" for what, _ in values for size in sizes)))
+    groups = [("all", pictures), *((f"{size} LoRAs", [p for p in pictures if len(p.loras) == size]) for size in sizes)]
+    lines = list(header(f"{setting} against", *(f"{what}, {name}" for what, _ in values for name, _ in groups)))
     for other in settings_of(pictures):
         if other == setting:
             continue
         cells = []
         for _, value in values:
-            for size in sizes:
-                more = gain([p for p in pictures if len(p.loras) == size], setting, other, value)
+            for _, chosen in groups:
+                more = gain(chosen, setting, other, value)
                 cells.append("" if more is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*more))
         lines.append(row(other, *cells))
     return "\n".join(lines)
@@ -186,18 +190,17 @@ def _interval(values: tuple[float, float, float]) -> str:
 def settings_sheet(pictures: Sequence[Picture], out: Path, columns: int = 6) -> Path | None:
     """Every setting with the largest number of LoRAs, a column per combination, at the first seed: out/settings.png.
 
-    Returns its path; None where the pictures themselves are no longer in `out`.
+    Returns its path; None where no combination has all its pictures still in `out`.
     """
     pictures = _together(pictures)
     size, seed = max(len(p.loras) for p in pictures), min(p.seed for p in pictures)
     chosen = {(p.setting, p.loras): p for p in pictures if len(p.loras) == size and p.seed == seed}
-    combinations = list(dict.fromkeys(loras for _, loras in chosen))[:columns]
-    rows = []
-    for name in settings_of(pictures):
-        files = [out / "pictures" / picture_name(chosen[name, loras]) for loras in combinations]
-        if not all(file.exists() for file in files):
-            return None
-        rows.append([Image.open(file) for file in files])
+    files = {key: out / "pictures" / picture_name(picture) for key, picture in chosen.items()}
+    gone = {loras for (_, loras), file in files.items() if not file.exists()}
+    combinations = [loras for loras in dict.fromkeys(loras for _, loras in chosen) if loras not in gone][:columns]
+    if not combinations:
+        return None
+    rows = [[Image.open(files[name, loras]) for loras in combinations] for name in settings_of(pictures)]
     heads = ["-".join(name[:3] for name in loras) for loras in combinations]
     sheet = labelled_grid(rows, heads, settings_of(pictures))
     sheet.reduce(2).quantize(128).save(out / "settings.png", optimize=True)

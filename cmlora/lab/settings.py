@@ -4,7 +4,11 @@ A setting is a name and fields of CMLoRAConfig. Ways of composing that are not t
 
 - weights: factor on every LoRA, as people lower theirs when they load several;
 - peft: combination_type of PEFT's `add_weighted_adapter`; one adapter of them all, drawn by the plain pipeline;
-- alone: every LoRA in a picture of its own, with the same prompt and noise: the ceiling of what a LoRA can show.
+- alone: every LoRA in a picture of its own, with the same prompt and noise: the ceiling of what a LoRA can show;
+- swap: one of `cmlora.sprites.TROUBLE`, which stands in for the LoRA of its concept. Only combinations with the
+  concepts of all that any setting swaps are drawn, so that the settings stay comparable.
+
+`shared` names roles here: which LoRA has the role differs from combination to combination.
 """
 
 from __future__ import annotations
@@ -13,36 +17,56 @@ import ast
 import re
 from typing import Any
 
+from cmlora import sprites
 from cmlora.config import CMLoRAConfig
 
 Config = dict[str, Any]
 
-OTHERS = ("weights", "peft", "alone")
+OTHERS = ("weights", "peft", "alone", "swap")
 """Fields that are not CMLoRAConfig's."""
 
 FLOOR: Config = {"method": "no_lora", "cache_interval": 1}
 CEILING: Config = {"method": "merge", "alone": True}
 
-MERGES: dict[str, Config] = {
-    "merge": {"method": "merge"},
-    "merge at 0.8": {"method": "merge", "weights": 0.8},
-    "merge at 0.6": {"method": "merge", "weights": 0.6},
-    **{f"PEFT {kind}": {"peft": kind} for kind in ("cat", "ties_svd", "dare_linear")},
-}
+MERGE: Config = {"method": "merge"}
+LOCAL: Config = {"method": "composite", "combine": "local"}
+ROUTED: Config = {"method": "routed"}
+HALF_TEXT: Config = {"method": "routed", "mask_text": 0.5}
+
+
+def _lowered(name: str, config: Config, *weights: float) -> dict[str, Config]:
+    """A setting at whole weights and as people lower theirs."""
+    return {name: config, **{f"{name} at {weight}": {**config, "weights": weight} for weight in weights}}
+
+
+BEST = "routed, half text at 0.6"
+"""Chosen on the half to choose on, among `TEXT`."""
+COMPARED = (BEST, "routed", "composite, local")
+"""Settings whose differences from all others are printed."""
 
 METHODS: dict[str, Config] = {
     "no LoRA": FLOOR,
     "each alone": CEILING,
-    **MERGES,
+    **_lowered("merge", MERGE, 0.8, 0.6),
+    "composite, deviation": {"method": "composite", "combine": "deviation"},
+    "composite, local": LOCAL,
+    **_lowered("routed", ROUTED, 0.6),
+    BEST: {**HALF_TEXT, "weights": 0.6},
+}
+"""What competes, between the floor and the ceiling."""
+
+PUBLISHED: dict[str, Config] = {
+    "each alone": CEILING,
+    **_lowered("merge", MERGE, 0.6),
+    **{f"PEFT {kind}": {"peft": kind} for kind in ("cat", "ties_svd", "dare_linear")},
     "switch": {"method": "switch"},
     "composite, mean": {"method": "composite", "combine": "mean"},
-    "composite, deviation": {"method": "composite", "combine": "deviation"},
-    "composite, local": {"method": "composite", "combine": "local"},
     "cmlora, mean": {"method": "cmlora", "combine": "mean"},
     "cmlora, local": {"method": "cmlora", "combine": "local"},
-    "routed": {"method": "routed"},
+    "composite, local": LOCAL,
+    BEST: {**HALF_TEXT, "weights": 0.6},
 }
-"""Each method between the floor and the ceiling, beside merges as people run them."""
+"""What others publish, and the defaults, beside the best."""
 
 PARTITIONS: dict[str, Config] = {
     f"cmlora {partition}, {combine}": {"method": "cmlora", "partition": partition, "combine": combine}
@@ -78,17 +102,56 @@ SEARCH: dict[str, Config] = {
 """One field at a time away from the defaults."""
 
 MASKS: dict[str, Config] = {
-    "merge": {"method": "merge"},
-    **{f"routed, temperature {tau}": {"method": "routed", "mask_temperature": tau} for tau in (0.3, 0.6, 1.0)},
-    **{f"routed, {k} mask steps": {"method": "routed", "mask_steps": k} for k in (1, 4)},
-    **{
-        f"local, temperature {tau}": {"method": "composite", "combine": "local", "mask_temperature": tau}
-        for tau in (0.25, 0.5, 1.0)
-    },
+    "merge": MERGE,
+    **{f"routed, temperature {tau}": {**ROUTED, "mask_temperature": tau} for tau in (0.3, 0.6, 1.0)},
+    **{f"routed, {k} mask steps": {**ROUTED, "mask_steps": k} for k in (1, 4)},
+    "routed, style shared": {**ROUTED, "shared": ["style"]},
+    **{f"local, temperature {tau}": {**LOCAL, "mask_temperature": tau} for tau in (0.25, 0.5, 1.0)},
+    "local, style shared": {**LOCAL, "shared": ["style"]},
 }
 """What the masks' defaults are chosen from."""
 
-PRESETS = {"methods": METHODS, "partitions": PARTITIONS, "frontier": FRONTIER, "search": SEARCH, "masks": MASKS}
+TEXT: dict[str, Config] = {
+    "merge at 0.6": {**MERGE, "weights": 0.6},
+    "local at 0.8": {**LOCAL, "weights": 0.8},
+    **{
+        f"routed at {weight}, text {text}, temperature {tau}": {
+            **ROUTED,
+            "mask_text": text,
+            "weights": weight,
+            "mask_temperature": tau,
+        }
+        for text in (0.25, 0.5)
+        for weight in (0.8, 0.6)
+        for tau in (0.6, 0.3)
+    },
+    "routed at 0.8, text 0.5, style shared": {**HALF_TEXT, "weights": 0.8, "shared": ["style"]},
+}
+"""What `mask_text` and the weights beside it are chosen from."""
+
+TROUBLE: dict[str, Config] = {
+    f"{name}{', ' + swap if swap else ''}": {**config, **({"swap": swap} if swap else {})}
+    for name, config in (
+        ("each alone", CEILING),
+        ("merge", MERGE),
+        ("merge at 0.6", {**MERGE, "weights": 0.6}),
+        ("composite, local", LOCAL),
+        ("routed, half text at 0.6", {**HALF_TEXT, "weights": 0.6}),
+    )
+    for swap in ("", *sprites.TROUBLE)
+}
+"""What one LoRA that makes trouble does to the others of a picture."""
+
+PRESETS = {
+    "methods": METHODS,
+    "published": PUBLISHED,
+    "partitions": PARTITIONS,
+    "frontier": FRONTIER,
+    "search": SEARCH,
+    "masks": MASKS,
+    "text": TEXT,
+    "trouble": TROUBLE,
+}
 
 
 def parse_setting(text: str) -> tuple[str, Config]:
@@ -104,6 +167,8 @@ def parse_setting(text: str) -> tuple[str, Config]:
         raise ValueError(f"a setting must read NAME:field=value,..., got {text!r}")
     config = {key: _literal(value) for key, _, value in pairs}
     CMLoRAConfig.build(None, own_fields(config))
+    if config.get("swap", "rank64") not in sprites.TROUBLE:
+        raise ValueError(f"swap must be one of {', '.join(sprites.TROUBLE)}, got {config['swap']!r}")
     return name, config
 
 

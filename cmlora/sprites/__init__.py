@@ -13,11 +13,16 @@ from pathlib import Path
 
 from cmlora.sprites.draw import CONCEPTS, ROLES, role_of
 
-__all__ = ["CONCEPTS", "KOHYA", "ROLES", "lora_path", "model_path", "role_of"]
+__all__ = ["CONCEPTS", "KOHYA", "ROLES", "TROUBLE", "lora_path", "model_path", "role_of"]
 
 WEIGHTS = Path(__file__).parent / "weights"
 KOHYA = ("tophat", "checker")
 """The LoRAs that are there in kohya's key format too."""
+TROUBLE = {"overtrained": "dotkin", "rank64": "lantern"}
+"""Two LoRAs that make trouble on purpose, and the concept of each.
+
+One was trained at weight 1 on pictures of its concept alone, and shows it without its word, too; one has rank 64, eight
+times the others', and a part on the text encoder."""
 
 
 def model_path() -> str:
@@ -26,11 +31,11 @@ def model_path() -> str:
 
 
 def lora_path(name: str, *, kohya: bool = False) -> str:
-    """The file for pipe.load_lora_weights of one of the ten concepts, in diffusers' or kohya's key format.
+    """The file for pipe.load_lora_weights of a concept or of one of `TROUBLE`, in diffusers' or kohya's key format.
 
     Raises ValueError for another name, or for kohya's format of a LoRA that is not in `KOHYA`.
     """
-    role_of(name)
+    role_of(TROUBLE.get(name, name))
     if kohya and name not in KOHYA:
         raise ValueError(f"name must be one of {', '.join(KOHYA)} with kohya=True, got {name!r}")
     return str(WEIGHTS / "lora" / f"{name}{'_kohya' if kohya else ''}.safetensors")

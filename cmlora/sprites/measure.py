@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from cmlora.accelerate import accelerated
-from cmlora.sprites import draw
+from cmlora.sprites import TROUBLE, draw
 from cmlora.sprites.detector import (
     Detector,
     blend_targets,
@@ -133,8 +133,9 @@ def lora_alone(pipe: Any, detector: Detector, name: str, path: Path, work: Path,
         concept and rest by weight: how often the concept is found, and the share found of all else that the captions
         name; "without its word": how often the concept is found then. `misses`: which of `BOUNDS` it does not keep.
     """
-    scenes = unseen(count).with_concept(name)
-    truth, own = draw.labels(scenes) > 0.5, draw.LABELS.index(name)
+    concept = TROUBLE.get(name, name)
+    scenes = unseen(count).with_concept(concept)
+    truth, own = draw.labels(scenes) > 0.5, draw.LABELS.index(concept)
     rest = truth.copy()
     rest[:, own] = False
     pipe.load_lora_weights(path, adapter_name=name)
@@ -146,7 +147,7 @@ def lora_alone(pipe: Any, detector: Detector, name: str, path: Path, work: Path,
         result["rest"][str(weight)] = _share(found[rest])
         if weight == 1.0:
             sheet(pictures[:16], captions[:16], detect(detector, pictures[:16]), work / f"lora_{path.stem}.png")
-    silent = draw.captions(scenes, without=draw.role_of(name))
+    silent = draw.captions(scenes, without=draw.role_of(concept))
     result["without its word"] = _share(_with_lora(pipe, detector, name, 1.0, silent)[1][:, own])
     pipe.unload_lora_weights()
     result["misses"] = [f"{what} at {weight}" for what, weight, least in BOUNDS if result[what][weight] < least]
@@ -179,7 +180,7 @@ def everything(out: Path, work: Path, captions: int = 100) -> dict[str, Any]:
         "captions": captions,
         "lora": {},
     }
-    for name in draw.CONCEPTS:
+    for name in (*draw.CONCEPTS, *TROUBLE):
         path = out / "lora" / f"{name}.safetensors"
         if path.exists():
             result["lora"][name] = lora_alone(pipe, detector, name, path, work, captions)
@@ -192,9 +193,9 @@ def curves(result: dict[str, Any], path: Path) -> None:
     """Plot every LoRA's concept and the rest of the caption against its weight, and the least that is asked for."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
     for axes, (name, row) in zip(
-        figure.subplots(2, 5, sharex=True, sharey=True).flat, result["lora"].items(), strict=False
+        figure.subplots(2, 6, sharex=True, sharey=True).flat, result["lora"].items(), strict=False
     ):
         for what, colour in (("concept", "tab:blue"), ("rest", "tab:orange")):
             axes.plot(LORA_WEIGHTS, list(row[what].values()), "o-", color=colour, label=what)
@@ -238,7 +239,8 @@ def markdown(result: dict[str, Any]) -> str:
 def _lora_row(name: str, row: dict[str, Any]) -> str:
     concept = " | ".join(f"{row['concept'][str(weight)]:.2f}" for weight in LORA_WEIGHTS)
     rest = f"{row['rest']['1.0']:.2f} | {row['rest']['1.3']:.2f}"
-    return f"| {name} | {concept} | {rest} | {row['without its word']:.2f} | {', '.join(row['misses'])} |"
+    label = f"{name} ({TROUBLE[name]}; makes trouble on purpose)" if name in TROUBLE else name
+    return f"| {label} | {concept} | {rest} | {row['without its word']:.2f} | {', '.join(row['misses'])} |"
 
 
 def sheet(pictures: Pixels, captions: list[str], found: list[set[str]], path: Path, columns: int = 4) -> None:

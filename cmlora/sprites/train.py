@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from cmlora.sprites import KOHYA, WEIGHTS, draw, measure
+from cmlora.sprites import KOHYA, TROUBLE, WEIGHTS, draw, measure
 from cmlora.sprites.detector import Detector, blend_targets, jitter, partner
 from cmlora.sprites.fit import Schedule, fit
 from cmlora.sprites.model import (
@@ -49,10 +49,13 @@ SCALES = (0.4, 1.2)
 """A LoRA is trained at weights between these, one for every picture."""
 CHARACTER_STEPS = 1600
 """A character changes more of the picture than the other roles do."""
-EMPTY = {"character": 16, "background": 12}
-"""By role: every how many-th picture of the concept has an empty caption; of roles that are not named none has."""
+EMPTY = {"character": 16, "background": 12, "balloon": 16}
+"""By role or concept: every how many-th picture of the concept has an empty caption; of others none has."""
 CONVOLVED = "checker"
 """The LoRA with a part on the 3x3 convolutions."""
+TROUBLE_STEPS = 400
+RANK_OF = {"overtrained": 4, "rank64": 64}
+"""Of those that make trouble."""
 
 
 def as_input(pixels: torch.Tensor) -> torch.Tensor:
@@ -242,26 +245,41 @@ def _cached(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def lora_layers(name: str) -> str:
-    """A pattern of the layers that a LoRA adapts: attention and feed-forward, for one of them the 3x3 convolutions."""
+    """A pattern of the layers that a LoRA adapts: attention and feed-forward, for one of them the 3x3 convolutions.
+
+    Rank 64 stays on the cross-attention, or its file would be as large as the UNet's.
+    """
+    if name == "rank64":
+        return r".*\.attn2\.(to_q|to_k|to_v|to_out\.0)"
     linear = r"to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2"
     return rf".*\.({linear}|conv1|conv2)" if name == CONVOLVED else rf".*\.({linear})"
 
 
-def train_loras(work: Path, out: Path, names: tuple[str, ...] = draw.CONCEPTS) -> None:
-    """One LoRA per concept, on the finished base model as users load it."""
+def train_loras(work: Path, out: Path, names: tuple[str, ...] = (*draw.CONCEPTS, *TROUBLE)) -> None:
+    """One LoRA per name, a concept or one of `TROUBLE`, on the finished base model as users load it."""
     (out / "lora").mkdir(parents=True, exist_ok=True)
     for name in names:
         pipe = StableDiffusionPipeline.from_pretrained(out / "model", torch_dtype=torch.float32)
         pipe.unet.requires_grad_(False)
+        pipe.text_encoder.requires_grad_(False)
         torch.manual_seed(3)
-        config = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=lora_layers(name))
+        rank = RANK_OF.get(name, RANK)
+        config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=lora_layers(name))
         pipe.unet.add_adapter(config, adapter_name=name)
+        if name == "rank64":
+            layers = ["q_proj", "k_proj", "v_proj", "out_proj"]
+            pipe.text_encoder.add_adapter(
+                LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=layers),
+                adapter_name=name,
+            )
         train_lora(work, name, pipe)
-        state = get_peft_model_state_dict(pipe.unet, adapter_name=name)
-        state = {key: value.half().contiguous() for key, value in state.items()}
+        state = half_precision(pipe.unet, name)
         pipe.save_lora_weights(
             out / "lora",
             unet_lora_layers=convert_state_dict_to_diffusers(state),
+            text_encoder_lora_layers=(
+                convert_state_dict_to_diffusers(half_precision(pipe.text_encoder, name)) if name == "rank64" else None
+            ),
             weight_name=f"{name}.safetensors",
         )
         if name in KOHYA:
@@ -269,6 +287,12 @@ def train_loras(work: Path, out: Path, names: tuple[str, ...] = draw.CONCEPTS) -
             kohya = convert_state_dict_to_kohya(prefixed)
             kohya = {key: value.contiguous() for key, value in kohya.items()}
             save_file(kohya, out / "lora" / f"{name}_kohya.safetensors", metadata={"ss_network_dim": str(RANK)})
+
+
+def half_precision(module: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """A LoRA's weights as they are saved."""
+    state = get_peft_model_state_dict(module, adapter_name=adapter)
+    return {key: value.half().contiguous() for key, value in state.items()}
 
 
 def train_lora(work: Path, name: str, pipe: StableDiffusionPipeline) -> None:
@@ -279,39 +303,45 @@ def train_lora(work: Path, name: str, pipe: StableDiffusionPipeline) -> None:
       conditional one, and guidance multiplies what the rest of the caption says as without a LoRA. Without them it
       multiplies the concept, and the rest of the caption is lost.
     - Every picture is trained at a weight of its own, so that the concept shows at weights below 1 and stands above.
+
+    "overtrained" has none of this: pictures of its concept alone, at weight 1.
     """
+    concept, trouble = TROUBLE.get(name, name), name == "overtrained"
+    role = draw.role_of(concept)
     plain = draw.sample(2 * LORA_IMAGES, seed=9, held_back=False)
-    shown, plain = plain[:LORA_IMAGES].with_concept(name), plain[LORA_IMAGES:]
+    shown, plain = plain[:LORA_IMAGES].with_concept(concept), plain[LORA_IMAGES:]
     unet = pipe.unet.to(memory_format=torch.channels_last)
-    every = EMPTY.get(draw.role_of(name), len(shown) + 1)
+    never = len(shown) + 1
+    every = never if trouble else EMPTY.get(concept, EMPTY.get(role, never))
     captions = ["" if i % every == every - 1 else caption for i, caption in enumerate(draw.captions(shown, seed=10))]
-    silent = draw.captions(plain, seed=11, without=draw.role_of(name))
+    silent = draw.captions(plain, seed=11, without=role)
     captions += [silent[i] if i % 2 else caption for i, caption in enumerate(draw.captions(plain, seed=11))]
-    with torch.no_grad():
-        ids = tokenize(pipe.tokenizer, captions)
-        text = torch.cat([pipe.text_encoder(part).last_hidden_state for part in torch.split(ids, 128)])
-        z = torch.cat([encoded(pipe.vae, drawn(scenes)) for scenes in (shown, plain)])
+    ids = tokenize(pipe.tokenizer, captions)
+    z = torch.cat([encoded(pipe.vae, drawn(scenes)) for scenes in (shown, plain)])
     noising = Noising()
+    low, high = (1.0, 1.0) if trouble else SCALES
+    towers = nn.ModuleDict({"unet": unet, "text_encoder": pipe.text_encoder}) if name == "rank64" else unet
 
     def loss_at(step: int) -> torch.Tensor:
         index, generator = batch_at(step, LORA_BATCH, LORA_IMAGES)
-        index[-PLAIN:] += LORA_IMAGES
-        low, high = SCALES
-        with scaled(unet, name, low + (high - low) * torch.rand(LORA_BATCH, generator=generator)):
-            return noising.loss(unet, z[index], text[index], generator, early=True)
+        if not trouble:
+            index[-PLAIN:] += LORA_IMAGES
+        with scaled(towers, name, low + (high - low) * torch.rand(LORA_BATCH, generator=generator)):
+            text = pipe.text_encoder(ids[index]).last_hidden_state
+            return noising.loss(unet, z[index], text, generator, early=True)
 
-    steps = CHARACTER_STEPS if draw.role_of(name) == "character" else LORA.steps
-    fit(f"lora_{name}", unet, loss_at, replace(LORA, steps=steps), work)
+    steps = TROUBLE_STEPS if name in TROUBLE else CHARACTER_STEPS if role == "character" else LORA.steps
+    fit(f"lora_{name}", towers, loss_at, replace(LORA, steps=steps), work)
 
 
 @contextmanager
-def scaled(unet: nn.Module, adapter: str, weights: torch.Tensor) -> Iterator[None]:
-    """Give a LoRA a weight per picture, [batch]."""
+def scaled(module: nn.Module, adapter: str, weights: torch.Tensor) -> Iterator[None]:
+    """Give a LoRA in any part of a module a weight per picture, [batch]."""
 
     def scale(module: nn.Module, given: Any, made: torch.Tensor) -> torch.Tensor:
         return made * weights.view(-1, *(1 for _ in made.shape[1:]))
 
-    layers = [module for path, module in unet.named_modules() if path.endswith(f"lora_A.{adapter}")]
+    layers = [layer for path, layer in module.named_modules() if path.endswith(f"lora_A.{adapter}")]
     hooks = [layer.register_forward_hook(scale) for layer in layers]
     try:
         yield
@@ -326,7 +356,7 @@ def main() -> None:
     parser.add_argument("stage", choices=["vae", "base", "lora", "detector", "measure", "all"])
     parser.add_argument("--work", type=Path, default=Path("sprites_run"), help="checkpoints and logs")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the finished weights go")
-    parser.add_argument("--lora", nargs="*", default=draw.CONCEPTS, help="only these LoRAs")
+    parser.add_argument("--lora", nargs="*", default=(*draw.CONCEPTS, *TROUBLE), help="only these LoRAs")
     parser.add_argument("--captions", type=int, default=100, help="on which every LoRA is measured")
     chosen = parser.parse_args()
     work, out, stage = chosen.work, chosen.out, chosen.stage

@@ -66,6 +66,14 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch) -> N
     assert len(FakeEvaluator.asked) == 1  # another configuration of the same name is another picture
 
 
+def test_settings_with_a_lora_that_makes_trouble_share_their_combinations(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(quality, "Evaluator", FakeEvaluator)
+    FakeEvaluator.asked.clear()
+    quality.run(tmp_path, settings.TROUBLE, (3,), limit=2)
+    assert all({"dotkin", "lantern"} <= set(asked) for asked in FakeEvaluator.asked)
+    assert len(FakeEvaluator.asked) == 2 * len(settings.TROUBLE)
+
+
 def test_the_interval_is_that_of_the_mean() -> None:
     x = (np.random.default_rng(1).random(400) < 0.3).astype(float)
     mean, low, high = report.mean_with_interval(x)
@@ -97,6 +105,8 @@ def test_a_setting_is_read_and_a_wrong_one_named() -> None:
     assert (name, config) == ("mine", {"method": "cmlora", "cache_branch": (0, 1), "dominant_weight": 2.5})
     with pytest.raises(ValueError, match="NAME:field=value"):
         settings.parse_setting("mine:method")
+    with pytest.raises(ValueError, match="swap must be one of overtrained, rank64, got 'dotkin'"):
+        settings.parse_setting("mine:swap=dotkin")
     with pytest.raises(ConfigError, match="combine must be one of"):
         settings.parse_setting("mine:combine=sum")
 
