@@ -117,10 +117,8 @@ def make_page(composer: Composer, prompt: str, guidance: float) -> Any:
                 _painting(gr, names, regions)
                 button = gr.Button("Draw", variant="primary")
             with gr.Column():
-                outputs = []
-                for label in ("Picture", "Where each LoRA acts", "Who dominated, step by step"):
-                    gr.Markdown(f"**{label}**")  # above: a label of the image would lie on top of it
-                    outputs.append(gr.Image(label=label, show_label=False, type="pil", format="png"))
+                labels = ("Picture", "Where each LoRA acts", "Who dominated, step by step")
+                outputs = [gr.Image(label=label, type="pil", format="png") for label in labels]
                 outputs.append(gr.Textbox(label="What ran", lines=12))
 
         def draw(regions: dict[str, Tensor], *given: Any) -> tuple[Any, ...]:
