@@ -19,6 +19,7 @@ from cmlora.accelerate import accelerated
 from cmlora.config import CMLoRAConfig
 from cmlora.lab.demo import load_pipe, prompt_for
 from cmlora.lab.pictures import labelled_grid
+from cmlora.lab.quiet import leave_out_harmless_messages
 
 Config = dict[str, Any]
 ROLES, STEPS, SEED = ("character", "clothing", "background"), 20, 1
@@ -140,5 +141,6 @@ def write_fields(out: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
+    leave_out_harmless_messages()
     for written in write_fields(Path(sys.argv[1])):
         sys.stdout.write(f"wrote {written}\n")

@@ -108,7 +108,7 @@ def make_page(composer: Composer, prompt: str, guidance: float) -> Any:
         raise CMLoRAError("cmlora ui needs gradio: pip install 'cmlora[ui]'") from error
 
     names = list(composer.names)
-    with gr.Blocks(title="cmlora") as page:
+    with gr.Blocks(title="cmlora", analytics_enabled=False) as page:  # what is drawn here is nobody else's business
         regions = gr.State({})
         gr.Markdown("# cmlora: several LoRAs in one image")
         with gr.Row():
@@ -136,7 +136,7 @@ def _inputs(gr: Any, names: Sequence[str], prompt: str, guidance: float) -> list
     words = gr.Textbox(prompt, label="Prompt", lines=2)
     negative = gr.Textbox("", label="Negative prompt")
     chosen = gr.CheckboxGroup(names, value=names[:3], label="LoRAs")
-    with gr.Accordion("Weights", open=False):
+    with gr.Accordion("Weights", open=False), gr.Row():
         weights = [gr.Slider(0, 2, 1, step=0.05, label=name) for name in names]
     method = gr.Dropdown(list(METHODS), value=METHODS[0], label="Method")
     with gr.Row():
@@ -168,7 +168,8 @@ def _painting(gr: Any, names: Sequence[str], regions: Any) -> None:
     """A canvas for the region of one LoRA at a time."""
     with gr.Accordion("Draw where a LoRA acts", open=False):
         whose = gr.Dropdown(names, value=names[0], label="Whose region")
-        canvas = gr.ImageEditor(label="Paint", type="numpy", height=320)
+        brush = gr.Brush(default_size=80, colors=["#3366cc"], color_mode="fixed")
+        canvas = gr.Sketchpad(label="Paint; the square is the whole picture", type="numpy", height=400, brush=brush)
         with gr.Row():
             keep, forget = gr.Button("Use as its region"), gr.Button("Forget all regions")
         told = gr.Markdown("No regions.")

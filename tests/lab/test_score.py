@@ -144,6 +144,11 @@ def test_what_is_missing_is_said_in_one_line(tmp_path, monkeypatch):
         with pytest.raises(CMLoRAError, match=message) as error:
             run.score(shots, tmp_path / "s", {name: "absent/model"})
         assert "\n" not in str(error.value)
+    monkeypatch.delitem(sys.modules, "hpsv2")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "hpsv2.py").write_text("raise ImportError('\\nit needs another package\\nand says so at length')")
+    with pytest.raises(CMLoRAError, match=r"pip install hpsv2 \(it needs another package\)"):
+        run.score(shots, tmp_path / "s", {"hpsv2": ""})
     with pytest.raises(CMLoRAError, match="knows the shipped LoRAs alone, got hat"):
         run.score([make_shot(tmp_path, "merge", ("hat",))], tmp_path / "s", {"detector": ""})
     with pytest.raises(CMLoRAError, match="--metric must be one of"):

@@ -92,7 +92,7 @@ class Local:
         self.name, self.tokens = model, tokens
         try:
             self.pipe: Any = pipeline("image-text-to-text", model=model)
-        except (OSError, ValueError, KeyError) as error:
+        except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             raise CMLoRAError(f"--model {model!r} cannot be loaded as image-text-to-text: {reason}") from error
 

@@ -212,16 +212,21 @@ def _unit(rows: Tensor) -> Tensor:
 def _package(metric: str, module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        raise CMLoRAError(f"metric {metric} needs the package {package}: pip install {package}") from error
+    except ImportError as error:  # of the package itself, or of one that it needs
+        raise CMLoRAError(
+            f"metric {metric} needs the package {package}: pip install {package} ({_reason(error)})"
+        ) from error
 
 
 def _load(metric: str, model: str, load: Callable[[str], Any]) -> Any:
     try:
         return load(model)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise CMLoRAError(
             f"metric {metric}: model {model!r} cannot be loaded; give --metric {metric}=FOLDER, or a hub id while "
-            f"online ({reason})"
+            f"online ({_reason(error)})"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
