@@ -192,9 +192,17 @@ def _stages(arch: str, per_stage: int, after: int) -> int:
     the other's loop. CDNA: 2, one in registers and one in LDS. RDNA: 1, registers are what it lacks.
     """
     kind, limit = family(arch), chip(arch).shared
-    if kind == "mfma":
-        return 2 if max(per_stage, after) <= limit else 1
-    return next((n for n in (3, 2) if kind != "wmma" and n * per_stage + after <= limit), 1)
+    most = {"wgmma": 3, "mma": 3, "mfma": 2, "wmma": 1}[kind]
+    return next(n for n in range(most, 0, -1) if n == 1 or pipeline_bytes(kind, n, per_stage, after) <= limit)
+
+
+def pipeline_bytes(kind: str, stages: int, per_stage: int, after: int) -> int:
+    """Shared memory of a K loop of so many stages, and of what comes after it, at most.
+
+    wgmma reads shared memory while later tiles arrive: a buffer per stage. Elsewhere the tile that is being multiplied
+    is in registers: a buffer less, and all of them are free again after the loop.
+    """
+    return stages * per_stage + after if kind == "wgmma" else max((stages - 1) * per_stage, after)
 
 
 def _pow2(size: int, least: int, most: int) -> int:
