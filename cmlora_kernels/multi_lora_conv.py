@@ -192,7 +192,7 @@ def conv_add_launch(problem: ConvProblem, arch: str, strides: tuple[int, ...]) -
     size = p.dtype.itemsize
     return Launch(
         kernel=conv_add_kernel,
-        name=f"conv{p.kernel[0]}x{p.kernel[1]} {linear.describe()}",
+        name=f"conv{p.kernel[0]}x{p.kernel[1]} {linear.describe()}" + " channels_last" * (strides[1] == 1),
         tensors={"y_ptr": pointer, "x_ptr": pointer}
         | {"slots_ptr": "*i64", "a_ptr": pointer, "b_ptr": pointer, "scales_ptr": "*fp32", **weights_pointers(linear)},
         scalars={

@@ -232,7 +232,8 @@ def _lora_launches(model: UNet | Transformer, lora: Lora, arch: str) -> Iterator
         if parts == 1 and not weights:
             yield merged_launch(problem, arch)
     for conv in conv_layers(model) if isinstance(model, UNet) else ():
-        yield from conv_launches(conv, lora, arch)
+        for channels_last in (False, True):
+            yield from conv_launches(conv, lora, arch, channels_last)
 
 
 def _linear_launches(problem: Problem, arch: str) -> Iterator[Launch]:
@@ -243,14 +244,17 @@ def _linear_launches(problem: Problem, arch: str) -> Iterator[Launch]:
     yield from adds
 
 
-def conv_launches(conv: Conv, lora: Lora, arch: str) -> Iterator[Launch]:
-    """The launches of one convolution on contiguous (NCHW) images, as a pipeline has them unless told otherwise."""
+def conv_launches(conv: Conv, lora: Lora, arch: str, channels_last: bool = False) -> Iterator[Launch]:
+    """The launches of one convolution; images are contiguous (NCHW) unless a pipeline is told otherwise."""
     rows, adapters, rank, dtype, weights = lora
     size, channels, outer, kernel, stride = conv
     pixels, taps = (size // stride) ** 2, kernel * kernel
     masks = (weights * pixels, pixels, 1) if weights else NO_WEIGHTS
     if kernel == 1:
         problem = Problem(rows, pixels, channels, outer, rank, 1, adapters, dtype, True, weights)
+        if choose(problem, arch).strategy == "fused" and channels_last:
+            yield from _linear_launches(problem, arch)
+            return
         if choose(problem, arch).strategy == "fused":
             tokens, y = (channels * pixels, 1, pixels), (outer * pixels, 1, pixels)
             updates = (part_rank(problem), rank * channels, channels, outer * rank, rank, *y, *masks)
@@ -273,6 +277,9 @@ def conv_launches(conv: Conv, lora: Lora, arch: str) -> Iterator[Launch]:
         (1, 1),
         weights,
     )
+    if channels_last:
+        yield from (launch for _, launch in conv_add_launches(convolution, arch))
+        return
     x = (channels * size * size, size * size, size, 1)
     a = (rank * channels * taps, channels * taps, 1, channels)  # channels innermost, as the adapter lays them
     strides = (*x, part_rank(convolution.as_linear()), *a, outer * rank, rank, outer * pixels, pixels, 1, *masks)
