@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cmlora_kernels.combine_noise import combine_launch, guided_launch, moments_launch
+from cmlora_kernels.combine_noise import combine_launch
 from cmlora_kernels.combine_places import local_launch, regions_launch
 from cmlora_kernels.costs import choose
-from cmlora_kernels.dominant import select_launch
-from cmlora_kernels.feature_bank import gather_concat_launch, scatter_launch
+from cmlora_kernels.feature_bank import concat_channels_launch, scatter_launch
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.merged_bank import merged_launch
 from cmlora_kernels.multi_lora_add import add_launches
 from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
 from cmlora_kernels.multi_lora_linear import NO_WEIGHTS, linear_launch, part_rank
 from cmlora_kernels.places import blur_launch, masks_launch, strength_launch
-from cmlora_kernels.spectrum import finish_launch, spectrum_launch
+from cmlora_kernels.spectrum import spectrum_launch
+from cmlora_kernels.spectrum_finish import finish_launch
 from cmlora_kernels.tiles import Problem, supports
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -295,7 +295,6 @@ def _step_launches(unet: UNet, adapters: int, dtype: torch.dtype, arch: str) -> 
     yield spectrum
     for cutoff, chosen in ((None, None), (0.2, None), (0.2, choice)):
         yield finish_launch(2, size, size, parts, cutoff, chosen)
-    yield select_launch(2, *choice)
     for level, channels in enumerate(unet.channels):
         side = size >> level
         maps = (rows, channels, side, side)
@@ -305,14 +304,10 @@ def _step_launches(unet: UNet, adapters: int, dtype: torch.dtype, arch: str) -> 
     # the cache of branch (0, 1): the last up block's input
     deep, skip = unet.channels[1], unet.channels[0]
     for channels_last in (False, True):
-        for indexed in (False, True):
-            yield gather_concat_launch(rows, deep, skip, size * size, dtype, channels_last, indexed)
+        yield concat_channels_launch(rows, deep, skip, size * size, dtype, channels_last)
     yield scatter_launch(2, deep * size * size, dtype)
     latent = 4 * size * size
     yield combine_launch(adapters, 2, latent, dtype)
-    yield moments_launch(adapters, 1, latent, dtype, 7.5)
-    for rescale in (0.0, 0.7):
-        yield guided_launch(adapters, 1, latent, dtype, 7.5, rescale)
     yield from _place_launches(size, adapters, dtype)
 
 

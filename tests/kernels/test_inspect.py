@@ -71,7 +71,7 @@ def test_variants_compile_once_and_are_the_largest_of_their_code() -> None:
     assert len({code_key(v.launch) for v in found}) == len(found)
     assert sum(v.others for v in found) > len(found)  # most launches share their code
     names = {v.launch.kernel.__name__ for v in found}
-    assert {"linear_kernel", "conv_add_kernel", "spectrum_kernel", "gather_concat_kernel", "combine_kernel"} <= names
+    assert {"linear_kernel", "conv_add_kernel", "spectrum_kernel", "concat_channels_kernel", "combine_kernel"} <= names
 
 
 def test_occupancy_is_bound_by_registers_shared_memory_and_slots() -> None:
