@@ -11,6 +11,7 @@ import torch
 import triton
 
 from cmlora_kernels.inspect import inspect_launch
+from cmlora_kernels.multi_lora_add import add_launches
 from cmlora_kernels.multi_lora_linear import linear_launch
 from cmlora_kernels.tiles import Problem
 from cmlora_kernels.variants import Variant, variants
@@ -41,8 +42,8 @@ def representatives(target: str) -> list[Variant]:
     """Of each kernel and dtype the variant that moves most, with token weights and without, convolutions in either
     layout; the copying kernels in fp16 on one target per vendor.
 
-    The smallest linear layer in float32, whose tile of 16 tokens once spilled. And a linear layer of each wider rank:
-    its pipeline takes most shared memory, its accumulators most registers.
+    The smallest linear layer in float32, whose tile of 16 tokens once spilled. And the linear layer and the update in
+    place whose pipelines take most shared memory.
     """
     most: dict[tuple[str, str, bool, bool], Variant] = {}
     known = variants(target, ranks=(16,))
@@ -55,8 +56,10 @@ def representatives(target: str) -> list[Variant]:
     linear = [v for v in known if v.launch.kernel.__name__ == "linear_kernel" and v.dtype == torch.float32]
     small = [v for v in linear if not is_weighted(v)]
     smallest = sorted(small, key=lambda v: (v.launch.constexprs["BLOCK_M"], v.launch.bytes))[:1]
-    wide = [Problem(10, 1024, 640, 640, rank, 1, 5, torch.float16, True) for rank in (64, 128)]
-    return [*most.values(), *smallest, *(Variant(linear_launch(p, target), "", p.dtype, 0) for p in wide)]
+    half = Problem(10, 1024, 640, 640, 64, 1, 5, torch.float16, True)
+    single = half._replace(rank=128, dtype=torch.float32)
+    widest = ((linear_launch(half, target), half), (add_launches(single, target)[0][1], single))
+    return [*most.values(), *smallest, *(Variant(launch, "", p.dtype, 0) for launch, p in widest)]
 
 
 def is_weighted(variant: Variant) -> bool:

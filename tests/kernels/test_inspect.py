@@ -57,6 +57,9 @@ def test_the_pipeline_of_small_cards_holds_two_tiles(inspected: dict[str, dict])
     for target in ("sm_80", "sm_86", "sm_89", "sm_120"):
         row = inspected[f"{target} multi_lora_linear float16: linear 10x1024x640->640 r64 float16"]
         assert row["shared_bytes"] == 2 * (128 + 128 + 64) * 64 * 2
+        stages = 3 if target == "sm_80" else 2  # of the expand: tiles of B, the one that is laid anew, a tile of y
+        row = inspected[f"{target} multi_lora_add float32: add 10x1024x640->640 r128 float32"]
+        assert row["shared_bytes"] == 4 * (stages * 64 * 128 + 32 * 64)
 
 
 def test_compiled_code_is_the_committed_one(inspected: dict[str, dict]) -> None:
