@@ -162,6 +162,8 @@ def add_tile(p: Problem, arch: str) -> Tile:
     warps = 8 if wide and block_m > 16 else 4
     if family(arch) == "mfma" and rank * size == 512:
         stages = 1  # a second tile spills
+    if arch_part(arch) == "sm_80" and rank == 128 and size == 2 and p.weights:
+        stages = 2  # three spill four bytes in the channels-last convolution
     return Tile(block_m, block_n, block_k, warps, stages)
 
 
