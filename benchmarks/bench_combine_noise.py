@@ -1,4 +1,4 @@
-"""combine_noise against einsum, and with guidance and rescale against the pipeline's own torch code.
+"""combine_noise against einsum.
 
 pytest benchmarks/bench_combine_noise.py -s
 """
@@ -7,8 +7,8 @@ import pytest
 import torch
 from harness import BACKEND, DEVICE, DTYPE, compare
 
-from cmlora_kernels import combine_guided_noise, combine_noise
-from cmlora_kernels.combine_noise import combine_launch, guided_launch, moments_launch
+from cmlora_kernels import combine_noise
+from cmlora_kernels.combine_noise import combine_launch
 
 SIDES = {"sd15": 64, "sdxl": 128}
 TOLERANCE = 4 * torch.finfo(DTYPE).eps
@@ -30,30 +30,6 @@ def test_combine_noise(benchmark, model: str, adapters: int) -> None:
     want = torch.einsum("nmchw,nm->mchw", stacked.double(), weights.double())
     compare(f"combine_noise {model} N={adapters}", rivals, want, TOLERANCE, launch.bytes, rival)
     benchmark(rivals["combine_noise"])
-
-
-@pytest.mark.parametrize("rescale", [0.0, 0.7])
-@pytest.mark.parametrize("model", SIDES)
-def test_combine_guided_noise(benchmark, model: str, rescale: float) -> None:
-    side, adapters, scale = SIDES[model], 5, 7.5
-    noise, weights = _predictions(adapters, side)
-    size = (adapters, 1, 4 * side * side, DTYPE)
-    moved = guided_launch(*size, scale, rescale).bytes + (moments_launch(*size, scale).bytes if rescale else 0)
-
-    def separate(noise: torch.Tensor) -> torch.Tensor:
-        u, c = combine_noise(noise, weights, backend="auto").chunk(2)
-        guided = u + scale * (c - u)
-        if not rescale:
-            return guided
-        factor = c.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
-        return rescale * guided * factor + (1 - rescale) * guided
-
-    rivals = {
-        "combine_guided_noise": lambda: combine_guided_noise(noise, weights, scale, rescale, backend=BACKEND),
-        "combine_noise + torch": lambda: separate(noise),
-    }
-    compare(f"guided {model} rescale {rescale}", rivals, separate(noise.double()), 8 * TOLERANCE, moved, {})
-    benchmark(rivals["combine_guided_noise"])
 
 
 def _predictions(adapters: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,8 @@ import torch
 from harness import BACKEND, DEVICE, DTYPE, GPU, compare
 
 from cmlora_kernels import radial_profile
-from cmlora_kernels.spectrum import finish_launch, profile_definition, spectrum_launch
+from cmlora_kernels.spectrum import profile_definition, spectrum_launch
+from cmlora_kernels.spectrum_finish import finish_launch
 
 LATENTS = {"sd15": 64, "sdxl": 128}
 MAPS = {"64x64x320": (320, 64), "32x32x640": (640, 32), "16x16x1280": (1280, 16)}

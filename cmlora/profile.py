@@ -30,7 +30,7 @@ from cmlora.lora.bank import choose_adapters
 from cmlora.models import find_family
 from cmlora_kernels import radial_profile
 from cmlora_kernels.radial import number_of_bins
-from cmlora_kernels.spectrum import first_high_bin
+from cmlora_kernels.spectrum_finish import first_high_bin
 
 Signal = Literal["feature", "latents"]
 AUTO_STEPS, AUTO_SEED = 8, 0

@@ -1,9 +1,9 @@
 """Kernels for several LoRAs in one batch. torch and triton only; knows no diffusers and no pipeline."""
 
-from cmlora_kernels.combine_noise import combine_guided_noise, combine_noise
+from cmlora_kernels.combine_noise import combine_noise
 from cmlora_kernels.combine_places import combine_local, combine_regions
-from cmlora_kernels.dominant import dominant_from_latents, select_dominant
-from cmlora_kernels.feature_bank import gather_concat, scatter_rows
+from cmlora_kernels.dominant import dominant_from_latents
+from cmlora_kernels.feature_bank import concat_channels, scatter_rows
 from cmlora_kernels.merged_bank import merge_weights, merged_linear
 from cmlora_kernels.multi_lora import multi_lora_add_, multi_lora_linear
 from cmlora_kernels.multi_lora_conv2d import multi_lora_conv2d, multi_lora_conv2d_add_
@@ -11,12 +11,11 @@ from cmlora_kernels.places import place_masks, place_strength
 from cmlora_kernels.spectrum import high_frequency_share, radial_profile
 
 __all__ = [
-    "combine_guided_noise",
     "combine_local",
     "combine_noise",
     "combine_regions",
+    "concat_channels",
     "dominant_from_latents",
-    "gather_concat",
     "high_frequency_share",
     "merge_weights",
     "merged_linear",
@@ -28,5 +27,4 @@ __all__ = [
     "place_strength",
     "radial_profile",
     "scatter_rows",
-    "select_dominant",
 ]

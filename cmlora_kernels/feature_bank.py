@@ -1,7 +1,7 @@
 """Cached deep features, one row of a bank per adapter and image (DeepCache, arXiv 2312.00858, per adapter).
 
-scatter_rows  bank[index[i]] = rows[i]               in place
-gather_concat y[r] = concat(bank[index[r]], skip[r])  over channels, in one pass
+scatter_rows     bank[index[i]] = rows[i]        in place
+concat_channels  y[r] = concat(bank[r], skip[r])  in one pass, in the layout of both
 """
 
 from __future__ import annotations
@@ -28,22 +28,25 @@ def _copy_tile(from_ptr, to_ptr, segment, column, segments, from_length, to_leng
 
 
 @triton.jit
-def gather_concat_kernel(
-    bank_ptr, skip_ptr, index_ptr, y_ptr, segments, bank_length, skip_length,
-    BLOCK_SEGMENTS: tl.constexpr, BLOCK_LENGTH: tl.constexpr,
-):  # fmt: skip
-    """y [rows, segments, bank_length + skip_length]; a program's columns come from one source only."""
+def concat_channels_kernel(
+    bank_ptr,  # [rows, segments, bank_length]
+    skip_ptr,  # [rows, segments, skip_length]
+    y_ptr,  # [rows, segments, bank_length + skip_length]
+    segments,
+    bank_length,
+    skip_length,
+    BLOCK_SEGMENTS: tl.constexpr,
+    BLOCK_LENGTH: tl.constexpr,
+):
+    """A tile of one row; its columns come from one source only."""
     block, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
     segment = tl.program_id(1) * BLOCK_SEGMENTS + tl.arange(0, BLOCK_SEGMENTS)
     y_length = bank_length + skip_length
     y_ptr += row * segments * y_length
     bank_blocks = tl.cdiv(bank_length, BLOCK_LENGTH)
     if block < bank_blocks:
-        source = row
-        if index_ptr is not None:
-            source = tl.load(index_ptr + row)
         column = block * BLOCK_LENGTH + tl.arange(0, BLOCK_LENGTH)
-        bank_ptr += source * segments * bank_length
+        bank_ptr += row * segments * bank_length
         _copy_tile(bank_ptr, y_ptr, segment, column, segments, bank_length, y_length)
     else:
         column = (block - bank_blocks) * BLOCK_LENGTH + tl.arange(0, BLOCK_LENGTH)
@@ -52,7 +55,14 @@ def gather_concat_kernel(
 
 
 @triton.jit
-def scatter_kernel(bank_ptr, rows_ptr, index_ptr, length, BLOCK_LENGTH: tl.constexpr):
+def scatter_kernel(
+    bank_ptr,  # [bank rows, length]
+    rows_ptr,  # [rows, length]
+    index_ptr,  # [rows]
+    length,
+    BLOCK_LENGTH: tl.constexpr,
+):
+    """A block of one row, copied to where the index says."""
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK_LENGTH + tl.arange(0, BLOCK_LENGTH)
     values = tl.load(rows_ptr + row * length + column, column < length)
@@ -64,23 +74,21 @@ def scatter_definition(bank: Tensor, rows: Tensor, index: Tensor) -> None:
     bank.index_copy_(0, index, rows)
 
 
-def gather_concat_definition(bank: Tensor, skip: Tensor, index: Tensor | None) -> Tensor:
-    """`gather_concat` in plain torch."""
-    y = torch.cat((bank if index is None else bank[index], skip), 1)
-    return y.contiguous(memory_format=dense_format(bank, skip))
+def concat_channels_definition(bank: Tensor, skip: Tensor) -> Tensor:
+    """`concat_channels` in plain torch."""
+    return torch.cat((bank, skip), 1).contiguous(memory_format=dense_format(bank, skip))
 
 
 @functools.lru_cache(maxsize=256)
-def gather_concat_launch(
+def concat_channels_launch(
     rows: int,
     bank_channels: int,
     skip_channels: int,
     pixels: int,
     dtype: torch.dtype,
     channels_last: bool,
-    indexed: bool,
 ) -> Launch:
-    """The launch of `gather_concat_kernel`. Contiguous: a row is one segment; channels_last: every pixel is one."""
+    """The launch of `concat_channels_kernel`. Contiguous: a row is one segment; channels_last: every pixel is one."""
     block = BLOCK_BYTES // dtype.itemsize
     segments = pixels if channels_last else 1
     bank_length = bank_channels * (1 if channels_last else pixels)
@@ -90,14 +98,12 @@ def gather_concat_launch(
     block_segments = block // block_length
     moved = 2 * rows * (bank_channels + skip_channels) * pixels * dtype.itemsize
     blocks = -(-bank_length // block_length) + -(-skip_length // block_length)
-    bank_programs = rows * -(-segments // block_segments) * -(-bank_length // block_length)
     return Launch(
-        kernel=gather_concat_kernel,
-        name=f"gather_concat {rows}x({bank_channels}+{skip_channels})x{pixels}" + " channels_last" * channels_last,
+        kernel=concat_channels_kernel,
+        name=f"concat_channels {rows}x({bank_channels}+{skip_channels})x{pixels}" + " channels_last" * channels_last,
         tensors={
             "bank_ptr": POINTER[dtype],
             "skip_ptr": POINTER[dtype],
-            "index_ptr": "*i64" if indexed else None,
             "y_ptr": POINTER[dtype],
         },
         scalars={"segments": segments, "bank_length": bank_length, "skip_length": skip_length},
@@ -105,8 +111,8 @@ def gather_concat_launch(
         grid=(blocks, -(-segments // block_segments), rows),
         num_warps=4,
         num_stages=1,
-        bytes=moved + (8 * bank_programs if indexed else 0),
-        unique_bytes=moved + (8 * rows if indexed else 0),
+        bytes=moved,
+        unique_bytes=moved,
         flops=0,
     )
 
@@ -144,27 +150,19 @@ def _scatter_fake(bank: Tensor, rows: Tensor, index: Tensor, backend: str) -> No
     return None
 
 
-def _gather_body(bank: Tensor, skip: Tensor, index: Tensor | None, backend: str) -> Tensor:
-    y = _gather_fake(bank, skip, index, backend)
+def _concat_body(bank: Tensor, skip: Tensor, backend: str) -> Tensor:
+    y = _concat_fake(bank, skip, backend)
     if not (use_triton(bank, backend) and y.numel()):
-        return gather_concat_definition(bank, skip, index)
+        return concat_channels_definition(bank, skip)
     layout = dense_format(bank, skip)
     rows, skip_channels, height, width = skip.shape
-    launch = gather_concat_launch(
-        rows,
-        bank.shape[1],
-        skip_channels,
-        height * width,
-        bank.dtype,
-        layout is torch.channels_last,
-        index is not None,
-    )
-    index = None if index is None else index.contiguous()
-    launch(bank.contiguous(memory_format=layout), skip.contiguous(memory_format=layout), index, y)
+    last = layout is torch.channels_last
+    launch = concat_channels_launch(rows, bank.shape[1], skip_channels, height * width, bank.dtype, last)
+    launch(bank.contiguous(memory_format=layout), skip.contiguous(memory_format=layout), y)
     return y
 
 
-def _gather_fake(bank: Tensor, skip: Tensor, index: Tensor | None, backend: str) -> Tensor:
+def _concat_fake(bank: Tensor, skip: Tensor, backend: str) -> Tensor:
     shape = (skip.shape[0], bank.shape[1] + skip.shape[1], *skip.shape[2:])
     return torch.empty(shape, dtype=skip.dtype, device=skip.device, memory_format=dense_format(bank, skip))
 
@@ -172,9 +170,7 @@ def _gather_fake(bank: Tensor, skip: Tensor, index: Tensor | None, backend: str)
 _scatter = register(
     "scatter_rows(Tensor(bank!) bank, Tensor rows, Tensor index, str backend) -> ()", _scatter_body, _scatter_fake
 )
-_gather = register(
-    "gather_concat(Tensor bank, Tensor skip, Tensor? index, str backend) -> Tensor", _gather_body, _gather_fake
-)
+_concat = register("concat_channels(Tensor bank, Tensor skip, str backend) -> Tensor", _concat_body, _concat_fake)
 
 
 def scatter_rows(bank: Tensor, rows: Tensor, index: Tensor, backend: Backend = "auto") -> None:
@@ -198,12 +194,11 @@ def scatter_rows(bank: Tensor, rows: Tensor, index: Tensor, backend: Backend = "
     _scatter(bank, rows, index, backend)
 
 
-def gather_concat(bank: Tensor, skip: Tensor, index: Tensor | None = None, backend: Backend = "auto") -> Tensor:
-    """concat(bank[index[r]], skip[r]) over channels for every row r, in one pass.
+def concat_channels(bank: Tensor, skip: Tensor, backend: Backend = "auto") -> Tensor:
+    """concat(bank[r], skip[r]) over channels for every row r, in one pass.
 
     Args:
-        bank: [bank rows, channels, height, width]; skip: [rows, skip channels, height, width], of bank's dtype.
-        index: [rows] int64 in [0, bank rows), or None: row r of the bank itself.
+        bank: [rows, channels, height, width]; skip: [rows, skip channels, height, width], of bank's dtype.
         backend: "auto", "torch" or "triton".
 
     Returns:
@@ -220,11 +215,9 @@ def gather_concat(bank: Tensor, skip: Tensor, index: Tensor | None = None, backe
         )
     if skip.dtype != bank.dtype:
         raise ValueError(f"skip must be of bank's dtype {bank.dtype}, got {skip.dtype}")
-    if index is not None:
-        _check_index(index, skip.shape[0])
-    elif bank.shape[0] != skip.shape[0]:
+    if bank.shape[0] != skip.shape[0]:
         raise ValueError(f"skip must have {bank.shape[0]} rows, got {tuple(skip.shape)}")
-    y: Tensor = _gather(bank, skip, index, backend)
+    y: Tensor = _concat(bank, skip, backend)
     return y
 
 

@@ -1,8 +1,9 @@
 """What a compiled kernel is made of, read from its machine code: registers, spills, instructions.
 
 NVIDIA: the cubin, through cuobjdump and nvdisasm of triton's wheel. AMD: the assembly that Triton keeps, with its
-metadata. The main loop is the innermost loop with matrix instructions and global loads, else with global loads; a
-kernel without such a loop is taken as a whole.
+metadata. The main loop is the innermost one that loads from global memory. One with matrix instructions goes before
+others, and of those one that stores nothing: where it stores, it expands what another loop has summed. A kernel without
+such a loop is taken as a whole.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class MachineCode:
             registers (AMD).
         local_bytes: per thread: stack frame and local memory.
         tensor_core: the matrix instruction, "" if none.
-        async_copy: the instruction that copies global to shared memory past the registers, "" if none.
+        async_copy: how the main loop copies global to shared memory past the registers, "" where any of its loads
+            does not.
         access_bytes: widest global load of the main loop, per thread; narrow_access_bytes the narrowest one.
     """
 
@@ -37,14 +40,29 @@ class MachineCode:
     narrow_access_bytes: int
 
 
-_NV_MATRIX = re.compile(r"\b(HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|IMMA|DMMA)[.\w]*")
+class Words(NamedTuple):
+    """How an assembler writes what a main loop is known by; `branch` captures the label."""
+
+    branch: re.Pattern[str]
+    load: re.Pattern[str]
+    store: re.Pattern[str]
+    matrix: re.Pattern[str]
+
+
+NVIDIA = Words(
+    branch=re.compile(r"\bBRA(?:\.\w+)* (?:!?\w+, )?`\((\.L_[\w.]+)\)"),
+    load=re.compile(r"\b(LDG|LDGSTS|UTMALDG)\b([.\w]*)"),
+    store=re.compile(r"\bSTG\b"),
+    matrix=re.compile(r"\b(HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|IMMA|DMMA)[.\w]*"),
+)
+AMD = Words(
+    branch=re.compile(r"\bs_c?branch\w* (\.LBB\w+)"),
+    load=re.compile(r"\b(?:global|buffer|flat)_load_(\w+)"),
+    store=re.compile(r"\b(?:global|buffer|flat)_store_"),
+    matrix=re.compile(r"\bv_(s?mfmac?|wmma)_\w+"),
+)
 _NV_NAMES = {"HMMA": "mma.sync", "HGMMA": "wgmma", "UTCHMMA": "tcgen05"}
-_NV_LOAD = re.compile(r"\b(LDG|LDGSTS)\.E([.\w]*)")
 _NV_ASYNC = {"LDGSTS": "cp.async", "UTMALDG": "tma"}
-_NV_BRANCH = re.compile(r"\bBRA(?:\.\w+)* (?:\w+, )?`\((\.L_[\w.]+)\)")
-_AMD_MATRIX = re.compile(r"\bv_(s?mfmac?|wmma)_\w+")
-_AMD_LOAD = re.compile(r"\b(?:global|buffer|flat)_load_(\w+)")
-_AMD_BRANCH = re.compile(r"\bs_c?branch\w* (\.LBB\w+)")
 _LABEL = re.compile(r"^(\.L\w[\w.]*):")
 _AMD_WIDTHS = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "b32": 4, "b64": 8, "b96": 12, "b128": 16}
 
@@ -54,26 +72,26 @@ def read_cubin(cubin: bytes, tools: Path) -> MachineCode:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
-        code = _output(tools / "nvdisasm", "-c", file.name).splitlines()
+        return read_sass(
+            _output(tools / "nvdisasm", "-c", file.name), _output(tools / "cuobjdump", "-res-usage", file.name)
+        )
+
+
+def read_sass(code: str, usage: str) -> MachineCode:
+    """Read what nvdisasm says of a cubin, and cuobjdump of its resources."""
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    text = "\n".join(code)
-    matrix = _NV_MATRIX.search(text)
+    matrix = NVIDIA.matrix.search(code)
     # every spill slot is stored at least once; wider stores spill several registers
-    slots = {m[1]: _nvidia_width(m[0]) for m in re.finditer(r"\bSTL[.\w]* (\[[^\]]+\])", text)}
-    widths = [
-        _nvidia_width(m[2])
-        for line in main_loop(code, _NV_BRANCH, _NV_LOAD, _NV_MATRIX)
-        if (m := _NV_LOAD.search(line))
-    ]
-    if "UTMALDG" in text:
-        widths.append(16)
+    slots = {m[1]: _nvidia_width(m[0]) for m in re.finditer(r"\bSTL[.\w]* (\[[^\]]+\])", code)}
+    loads = [m for line in main_loop(code.splitlines(), NVIDIA) if (m := NVIDIA.load.search(line))]
+    widths = [16 if m[1] == "UTMALDG" else _nvidia_width(m[2]) for m in loads]
+    copies = {_NV_ASYNC.get(m[1], "") for m in loads}
     return MachineCode(
         registers=int(found["REG"]),
         spill_bytes=sum(slots.values()),
         local_bytes=int(found["STACK"]) + int(found["LOCAL"]),
         tensor_core=_NV_NAMES.get(matrix[1], matrix[1]) if matrix else "",
-        async_copy=next((name for word, name in _NV_ASYNC.items() if word in text), ""),
+        async_copy="" if "" in copies else "+".join(sorted(copies)),
         access_bytes=max(widths, default=0),
         narrow_access_bytes=min(widths, default=0),
     )
@@ -82,34 +100,43 @@ def read_cubin(cubin: bytes, tools: Path) -> MachineCode:
 def read_amdgcn(assembly: str) -> MachineCode:
     """Read AMD assembly as Triton keeps it (`asm["amdgcn"]`)."""
     meta = {name: int(n) for name, n in re.findall(r"^\s+\.(\w+): +(\d+)$", assembly, re.MULTILINE)}
-    code = assembly.splitlines()
-    matrix = _AMD_MATRIX.search(assembly)
-    loop = main_loop(code, _AMD_BRANCH, _AMD_LOAD, _AMD_MATRIX)
-    widths = [_amd_width(m[1]) for line in loop if (m := _AMD_LOAD.search(line))]
+    matrix = AMD.matrix.search(assembly)
+    loads = [(line, m[1]) for line in main_loop(assembly.splitlines(), AMD) if (m := AMD.load.search(line))]
+    widths = [_amd_width(suffix) for _, suffix in loads]
+    direct = [suffix.startswith("lds_") or line.rstrip().endswith(" lds") for line, suffix in loads]
     return MachineCode(
         registers=meta["vgpr_count"],
         spill_bytes=4 * meta["vgpr_spill_count"],
         local_bytes=meta["private_segment_fixed_size"],
         tensor_core=matrix[1] if matrix else "",
-        async_copy="global_load_lds" if re.search(r"\b(global_load_lds|buffer_load\w* .*\blds$)", assembly) else "",
+        async_copy="global_load_lds" if direct and all(direct) else "",
         access_bytes=max(widths, default=0),
         narrow_access_bytes=min(widths, default=0),
     )
 
 
-def main_loop(code: list[str], branch: re.Pattern[str], load: re.Pattern[str], matrix: re.Pattern[str]) -> list[str]:
+def main_loop(code: list[str], words: Words) -> list[str]:
     """The lines of the main loop as the module's head defines it."""
+
+    def has(loop: list[str], word: re.Pattern[str]) -> bool:
+        return any(word.search(line) for line in loop)
+
+    loaded = [loop for loop in _loops(code, words.branch) if has(loop, words.load)]
+    multiplying = [loop for loop in loaded if has(loop, words.matrix)] or loaded
+    reducing = [loop for loop in multiplying if not has(loop, words.store)] or multiplying
+    return min(reducing, key=len, default=code)
+
+
+def _loops(code: list[str], branch: re.Pattern[str]) -> list[list[str]]:
+    """From a label to each jump back to it."""
     labels: dict[str, int] = {}
-    loops: list[tuple[int, int]] = []
+    loops = []
     for number, line in enumerate(code):
         if label := _LABEL.match(line.strip()):
             labels[label[1]] = number
         elif (jump := branch.search(line)) and jump[1] in labels:
-            loops.append((labels[jump[1]], number))
-    loaded = [loop for loop in loops if any(load.search(line) for line in code[slice(*loop)])]
-    multiplied = [loop for loop in loaded if any(matrix.search(line) for line in code[slice(*loop)])]
-    start, end = min(multiplied or loaded, key=lambda loop: loop[1] - loop[0], default=(0, len(code)))
-    return code[start:end]
+            loops.append(code[labels[jump[1]] : number])
+    return loops
 
 
 def _nvidia_width(suffix: str) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cmlora_kernels.cpu_linear import linear
 from cmlora_kernels.dispatch import Backend, check_backend, register, use_triton
 from cmlora_kernels.launch import POINTER, Launch, arch_of
-from cmlora_kernels.primitives import grouped_tile, load_2d
+from cmlora_kernels.primitives import product, tile_of_row
 from cmlora_kernels.tiles import Problem, cdiv, dot_precision, linear_tile, supports
 from cmlora_kernels.triton_shim import tl, triton
 
@@ -48,9 +48,8 @@ def merged_kernel(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile_m, tile_n = grouped_tile(tl.cdiv(out, BLOCK_N), GROUP)
-    tiles_m = tl.cdiv(tokens, BLOCK_M)
-    row, first_m, first_n = tile_m // tiles_m, tile_m % tiles_m * BLOCK_M, tile_n * BLOCK_N
+    row, first_m, tile_n = tile_of_row(tokens, tl.cdiv(out, BLOCK_N), BLOCK_M, GROUP)
+    first_n = tile_n * BLOCK_N
     slot = tl.load(slots_ptr + row)
     slot = tl.where(slot < 0, adapters, slot)  # the base layer is the bank's last weight
 
@@ -58,14 +57,7 @@ def merged_kernel(
     mask_m, mask_n = first_m + m < tokens, first_n + n < out
     x_ptrs = x_ptr + row * x_row + first_m * x_token + (m[:, None] * x_token + k[None, :] * x_inner)  # [BM, BK]
     w_ptrs = w_ptr + slot * w_slot + first_n * w_out + (n[None, :] * w_out + k[:, None])  # [BK, BN]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, inner, BLOCK_K):
-        mask_k = start + k < inner
-        x = load_2d(x_ptrs, mask_m[:, None], mask_k[None, :], EVEN_K)
-        w = load_2d(w_ptrs, mask_n[None, :], mask_k[:, None], EVEN_K)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        x_ptrs += BLOCK_K * x_inner
-        w_ptrs += BLOCK_K
+    acc = product(x_ptrs, w_ptrs, inner, x_inner, mask_m, mask_n, EVEN_K, PRECISION)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + first_n + n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + row * y_row + first_m * y_token + first_n * y_out + (m[:, None] * y_token + n[None, :] * y_out)

@@ -22,7 +22,7 @@ from cmlora_kernels.multi_lora_linear import (
     weights_pointers,
     weights_strides,
 )
-from cmlora_kernels.primitives import expand_add, grouped_tile, load_2d, weigh
+from cmlora_kernels.primitives import expand_add, product, tile_of_row, weigh
 from cmlora_kernels.tiles import Problem, add_tile, cdiv, dot_precision, expand_piece, rank_bucket, rank_chunks
 from cmlora_kernels.triton_shim import tl, triton
 
@@ -66,9 +66,7 @@ def add_kernel(
     PRECISION: tl.constexpr,
 ):
     pieces = tl.cdiv(out, piece)
-    tile_m, tile_n = grouped_tile(PARTS * pieces, GROUP)
-    tiles_m = tl.cdiv(tokens, BLOCK_M)
-    row, first_m = tile_m // tiles_m, tile_m % tiles_m * BLOCK_M
+    row, first_m, tile_n = tile_of_row(tokens, PARTS * pieces, BLOCK_M, GROUP)
     part, first_n = tile_n // pieces, tile_n % pieces * piece
     slot = tl.load(slots_ptr + row)
     if slot < 0:
@@ -80,14 +78,7 @@ def add_kernel(
     if PARTS > 1:
         a_ptr += part * part_rank * a_rank
     a_ptrs = a_ptr + slot * a_slot + (r[None, :] * a_rank + k[:, None])  # [BK, BR]
-    down = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(0, inner, BLOCK_K):
-        mask_k = start + k < inner
-        x = load_2d(x_ptrs, mask_m[:, None], mask_k[None, :], EVEN_K)
-        a = load_2d(a_ptrs, mask_r[None, :], mask_k[:, None], EVEN_K)
-        down = tl.dot(x, a, down, input_precision=PRECISION)
-        x_ptrs += BLOCK_K * x_inner
-        a_ptrs += BLOCK_K
+    down = product(x_ptrs, a_ptrs, inner, x_inner, mask_m, mask_r, EVEN_K, PRECISION)
 
     if weights_ptr is not None:
         groups_ptr += (slot * PARTS + part) * part_rank

@@ -22,7 +22,7 @@ from cmlora_kernels.multi_lora_linear import (
     weights_pointers,
     weights_strides,
 )
-from cmlora_kernels.primitives import expand_add, grouped_tile, weigh
+from cmlora_kernels.primitives import expand_add, tile_of_row, weigh
 from cmlora_kernels.tiles import Problem, add_tile, cdiv, dot_precision, expand_piece, rank_bucket, rank_chunks
 from cmlora_kernels.triton_shim import tl, triton
 
@@ -78,9 +78,8 @@ def conv_add_kernel(
     PRECISION: tl.constexpr,
 ):
     pieces = tl.cdiv(out, piece)
-    tile_m, tile_n = grouped_tile(pieces, GROUP)
-    tiles_m = tl.cdiv(pixels, BLOCK_M)
-    row, first_m, first_n = tile_m // tiles_m, tile_m % tiles_m * BLOCK_M, tile_n * piece
+    row, first_m, tile_n = tile_of_row(pixels, pieces, BLOCK_M, GROUP)
+    first_n = tile_n * piece
     slot = tl.load(slots_ptr + row)
     if slot < 0:
         return
@@ -192,7 +191,7 @@ def conv_add_launch(problem: ConvProblem, arch: str, strides: tuple[int, ...]) -
     size = p.dtype.itemsize
     return Launch(
         kernel=conv_add_kernel,
-        name=f"conv{p.kernel[0]}x{p.kernel[1]} {linear.describe()}",
+        name=f"conv{p.kernel[0]}x{p.kernel[1]} {linear.describe()}" + " channels_last" * (strides[1] == 1),
         tensors={"y_ptr": pointer, "x_ptr": pointer}
         | {"slots_ptr": "*i64", "a_ptr": pointer, "b_ptr": pointer, "scales_ptr": "*fp32", **weights_pointers(linear)},
         scalars={

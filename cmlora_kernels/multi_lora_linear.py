@@ -10,7 +10,7 @@ import functools
 from torch import Tensor
 
 from cmlora_kernels.launch import POINTER, Launch, arch_of
-from cmlora_kernels.primitives import grouped_tile, load_2d, weigh
+from cmlora_kernels.primitives import load_2d, tile_of_row, weigh
 from cmlora_kernels.tiles import Problem, cdiv, dot_precision, linear_tile, rank_bucket, rank_chunks
 from cmlora_kernels.triton_shim import tl, triton
 
@@ -55,12 +55,9 @@ def linear_kernel(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # A tile never crosses a row of the batch nor a part: one slot, one slice of A.
     tiles_n = tl.cdiv(out, BLOCK_N)
-    tile_m, tile_n = grouped_tile(PARTS * tiles_n, GROUP)
-    tiles_m = tl.cdiv(tokens, BLOCK_M)
-    row, first_m = tile_m // tiles_m, tile_m % tiles_m * BLOCK_M
-    part, first_n = tile_n // tiles_n, tile_n % tiles_n * BLOCK_N
+    row, first_m, tile_n = tile_of_row(tokens, PARTS * tiles_n, BLOCK_M, GROUP)
+    part, first_n = tile_n // tiles_n, tile_n % tiles_n * BLOCK_N  # nor does it cross a part: one slice of A
     slot = tl.load(slots_ptr + row)
     width = tl.where(slot < 0, 0, rank)  # slot -1: A and B read as zeros
     slot = tl.maximum(slot, 0)

@@ -6,14 +6,19 @@ from cmlora_kernels.triton_shim import tl, triton
 
 
 @triton.jit
-def grouped_tile(tiles_n, GROUP: tl.constexpr):
-    """(tile along m, tile along n) of this program, int64: GROUP m tiles walk n together, so they share W in L2."""
+def tile_of_row(tokens, tiles_n, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
+    """(row, first token, tile along n) of this program, int64: a tile never crosses a row, so it has one slot.
+
+    GROUP tiles of tokens walk along n together, so they share W in L2.
+    """
     pid = tl.program_id(0).to(tl.int64)
     tiles_m = tl.num_programs(0) // tiles_n
     in_group = GROUP * tiles_n
-    first_m = pid // in_group * GROUP
-    height = tl.minimum(tiles_m - first_m, GROUP)
-    return first_m + pid % in_group % height, pid % in_group // height
+    first = pid // in_group * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    tile_m, tile_n = first + pid % in_group % height, pid % in_group // height
+    of_row = tl.cdiv(tokens, BLOCK_M)
+    return tile_m // of_row, tile_m % of_row * BLOCK_M, tile_n
 
 
 @triton.jit
@@ -22,6 +27,31 @@ def load_2d(ptrs, mask_m, mask_k, EVEN_K: tl.constexpr):
     if EVEN_K:
         return tl.load(ptrs, mask=mask_m, other=0.0)
     return tl.load(ptrs, mask=mask_m & mask_k, other=0.0)
+
+
+@triton.jit
+def product(
+    x_ptrs,  # [BM, BK]
+    w_ptrs,  # [BK, BN], contiguous along inner
+    inner,
+    x_inner,
+    mask_m,  # [BM]
+    mask_n,  # [BN]
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x w over the whole inner dimension, [BM, BN] in float32."""
+    BLOCK_K: tl.constexpr = x_ptrs.shape[1]
+    k = tl.arange(0, BLOCK_K)
+    sums = tl.zeros((x_ptrs.shape[0], w_ptrs.shape[1]), tl.float32)
+    for start in range(0, inner, BLOCK_K):
+        mask_k = start + k < inner
+        x = load_2d(x_ptrs, mask_m[:, None], mask_k[None, :], EVEN_K)
+        w = load_2d(w_ptrs, mask_n[None, :], mask_k[:, None], EVEN_K)
+        sums = tl.dot(x, w, sums, input_precision=PRECISION)
+        x_ptrs += BLOCK_K * x_inner
+        w_ptrs += BLOCK_K
+    return sums
 
 
 @triton.jit

@@ -9,7 +9,6 @@ On the GPU the transform is two products with DFT matrices, and only amplitude s
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from cmlora_kernels.dispatch import Backend, check_backend, register, use_triton
 from cmlora_kernels.launch import POINTER, Launch, arch_of
 from cmlora_kernels.radial import bin_means, bin_scales, dft_matrices, number_of_bins, order_table, padded, radial_order
+from cmlora_kernels.spectrum_finish import finish_launch, first_high_bin
 from cmlora_kernels.tiles import dot_precision
 from cmlora_kernels.triton_shim import tl, triton
 
@@ -25,10 +25,22 @@ MAX_SIZE = 128  # beyond it the accumulators of a block of columns no longer fit
 
 @triton.jit
 def _row_transform(
-    x_ptr, shift, plain, dft_ptr, k, h, stride_channel, stride_y,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, MEAN_OVER: tl.constexpr, BLOCK_W: tl.constexpr,
-    CHUNK_W: tl.constexpr, TABLE_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # at this image
+    shift,  # what is taken off every pixel
+    plain,  # [CHUNK_W, CHUNK_H]
+    dft_ptr,  # [2, TABLE_K, BLOCK_W]: cosine, sine
+    k,  # columns of the spectrum
+    h,  # rows of the image
+    stride_channel,
+    stride_y,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MEAN_OVER: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    CHUNK_W: tl.constexpr,
+    TABLE_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Sums of the channels' mean less shift over the rows h, [len(k), len(h)] each; its pixels are added to plain."""
     cosine = tl.zeros((k.shape[0], h.shape[0]), tl.float32)
     sine = tl.zeros((k.shape[0], h.shape[0]), tl.float32)
@@ -50,10 +62,22 @@ def _row_transform(
 
 @triton.jit
 def _amplitude(
-    x_ptr, dft_w_ptr, dft_h_ptr, k, stride_channel, stride_y,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, MEAN_OVER: tl.constexpr, BLOCK_H: tl.constexpr, CHUNK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr, CHUNK_W: tl.constexpr, TABLE_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # at this image
+    dft_w_ptr,  # [2, TABLE_K, BLOCK_W]
+    dft_h_ptr,  # [2, BLOCK_H, BLOCK_H]
+    k,  # columns of the spectrum
+    stride_channel,
+    stride_y,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MEAN_OVER: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    CHUNK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    CHUNK_W: tl.constexpr,
+    TABLE_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """|DFT2| of one image at the columns k: [len(k), BLOCK_H]. Image rows stream through, nothing is kept of them."""
     # The first pixel is taken off all: a strong mean costs no digits but its own frequency's, which is summed apart.
     shift = 0.0
@@ -67,9 +91,22 @@ def _amplitude(
     for start in range(0, BLOCK_H, CHUNK_H):
         h = start + tl.arange(0, CHUNK_H)
         cosine, sine, plain = _row_transform(
-            x_ptr, shift, plain, dft_w_ptr, k, h, stride_channel, stride_y,
-            HEIGHT, WIDTH, MEAN_OVER, BLOCK_W, CHUNK_W, TABLE_K, PRECISION,
-        )  # fmt: skip
+            x_ptr,
+            shift,
+            plain,
+            dft_w_ptr,
+            k,
+            h,
+            stride_channel,
+            stride_y,
+            HEIGHT,
+            WIDTH,
+            MEAN_OVER,
+            BLOCK_W,
+            CHUNK_W,
+            TABLE_K,
+            PRECISION,
+        )
         table_ptr = dft_h_ptr + h[:, None] * BLOCK_H + m[None, :]  # [CHUNK_H, BLOCK_H]
         dft_cosine = tl.load(table_ptr)
         dft_sine = tl.load(table_ptr + BLOCK_H * BLOCK_H)
@@ -84,12 +121,30 @@ def _amplitude(
 
 @triton.jit
 def spectrum_kernel(
-    x_ptr, dft_w_ptr, dft_h_ptr, order_ptr, partial_ptr,
-    stride_row, stride_channel, stride_y, images, group_images,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, MEAN_OVER: tl.constexpr, LENGTH: tl.constexpr,
-    BLOCK_H: tl.constexpr, CHUNK_H: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK_W: tl.constexpr, BLOCK_K: tl.constexpr,
-    TABLE_K: tl.constexpr, BLOCK_BINS: tl.constexpr, CHUNK_LENGTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # [rows, channels, height, width]
+    dft_w_ptr,  # [2, TABLE_K, BLOCK_W]
+    dft_h_ptr,  # [2, BLOCK_H, BLOCK_H]
+    order_ptr,  # [blocks, BLOCK_BINS, LENGTH]: which amplitudes a bin adds up, -1 beyond them
+    partial_ptr,  # [rows, groups, blocks, BLOCK_BINS]
+    stride_row,
+    stride_channel,
+    stride_y,
+    images,
+    group_images,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MEAN_OVER: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    CHUNK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    CHUNK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TABLE_K: tl.constexpr,
+    BLOCK_BINS: tl.constexpr,
+    CHUNK_LENGTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Amplitudes of one block of columns of a group of images, summed per bin: partial [row, group, block, bin]."""
     block, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     k = block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -97,9 +152,22 @@ def spectrum_kernel(
     x_ptr += row * stride_row + group.to(tl.int64) * group_images * stride_channel
     for image in range(tl.minimum(images - group * group_images, group_images)):
         amplitude += _amplitude(
-            x_ptr + image * stride_channel, dft_w_ptr, dft_h_ptr, k, stride_channel, stride_y,
-            HEIGHT, WIDTH, MEAN_OVER, BLOCK_H, CHUNK_H, BLOCK_W, CHUNK_W, TABLE_K, PRECISION,
-        )  # fmt: skip
+            x_ptr + image * stride_channel,
+            dft_w_ptr,
+            dft_h_ptr,
+            k,
+            stride_channel,
+            stride_y,
+            HEIGHT,
+            WIDTH,
+            MEAN_OVER,
+            BLOCK_H,
+            CHUNK_H,
+            BLOCK_W,
+            CHUNK_W,
+            TABLE_K,
+            PRECISION,
+        )
     # columns without a mirror image among the left-out ones count once, the others twice
     twice = (k > 0) & (2 * k < WIDTH)
     flat = tl.reshape(tl.where(twice[:, None], 2 * amplitude, amplitude), [BLOCK_K * BLOCK_H])
@@ -113,36 +181,6 @@ def spectrum_kernel(
         sums += tl.sum(tl.where(place >= 0, found, 0.0), 1)
     part = (row * tl.num_programs(1) + group) * tl.num_programs(0) + block
     tl.store(partial_ptr + part * BLOCK_BINS + bins, sums)
-
-
-@triton.jit
-def finish_kernel(
-    partial_ptr, scale_ptr, profile_ptr, share_ptr, dominant_ptr, weights_ptr,
-    gate, early, late, dominant_weight, other_weight, parts, bins, first_high, adapters,
-    BLOCK_PARTS: tl.constexpr, BLOCK_BINS: tl.constexpr, BLOCK_ADAPTERS: tl.constexpr,
-):  # fmt: skip
-    """One row's partial sums -> profile, high-frequency share, dominant adapter and weights, whichever is asked for."""
-    row = tl.program_id(0).to(tl.int64)
-    bin = tl.arange(0, BLOCK_BINS)
-    profile = tl.zeros((BLOCK_BINS,), tl.float32)
-    for start in range(0, parts, BLOCK_PARTS):
-        part = start + tl.arange(0, BLOCK_PARTS)[:, None]
-        sums = tl.load(partial_ptr + (row * parts + part) * BLOCK_BINS + bin[None, :], part < parts, 0.0)
-        profile += tl.sum(sums, 0)
-    profile *= tl.load(scale_ptr + bin)
-    profile /= tl.max(profile, 0)
-    if profile_ptr is not None:
-        tl.store(profile_ptr + row * bins + bin, profile, bin < bins)
-    if share_ptr is not None:
-        high = (bin >= first_high) & (bin < bins)
-        share = tl.sum(tl.where(high, profile, 0.0), 0) / (bins - first_high)
-        tl.store(share_ptr + row, share)
-        if dominant_ptr is not None:
-            chosen = tl.where(share >= gate, early, late).to(tl.int64)
-            tl.store(dominant_ptr + row, chosen)
-            adapter = tl.arange(0, BLOCK_ADAPTERS)
-            weight = tl.where(adapter == chosen, dominant_weight, other_weight)
-            tl.store(weights_ptr + adapter * tl.num_programs(0) + row, weight, adapter < adapters)
 
 
 def profile_definition(x: Tensor, channel_mean: bool) -> Tensor:
@@ -165,11 +203,6 @@ def share_definition(x: Tensor, cutoff: float) -> Tensor:
     """`high_frequency_share` in plain torch."""
     profile = profile_definition(x, True)
     return profile[:, first_high_bin(profile.shape[1], cutoff) :].mean(1)
-
-
-def first_high_bin(bins: int, cutoff: float) -> int:
-    """The first bin beyond `cutoff` times the largest radius; the last bin is always beyond it."""
-    return min(math.floor(cutoff * (bins - 1)) + 1, bins - 1)
 
 
 @functools.lru_cache(maxsize=256)
@@ -244,56 +277,6 @@ def group_size(rows: int, images: int) -> int:
     15 at most: Triton would compile once more for a multiple of 16.
     """
     return max(1, min(15, rows * images // 512))
-
-
-@functools.lru_cache(maxsize=256)
-def finish_launch(
-    rows: int,
-    height: int,
-    width: int,
-    parts: int,
-    cutoff: float | None,
-    choice: tuple[float, int, int, int, float, float] | None,
-) -> Launch:
-    """The launch of `finish_kernel`: profile (no cutoff), share (cutoff), or share and choice of the dominant adapter.
-
-    `choice` is (gate, early, late, adapters, dominant_weight, other_weight).
-    """
-    bins = number_of_bins(height, width)
-    block_bins = padded(bins)
-    gate, early, late, adapters, dominant_weight, other_weight = choice or (0.0, 0, 0, 1, 0.0, 0.0)
-    out = 4 * rows * (bins if cutoff is None else 1) + (rows * (8 + 4 * adapters) if choice else 0)
-    return Launch(
-        kernel=finish_kernel,
-        name=f"spectrum finish {rows}x{parts}x{bins}",
-        tensors={
-            "partial_ptr": "*fp32",
-            "scale_ptr": "*fp32",
-            "profile_ptr": "*fp32" if cutoff is None else None,
-            "share_ptr": None if cutoff is None else "*fp32",
-            "dominant_ptr": "*i64" if choice else None,
-            "weights_ptr": "*fp32" if choice else None,
-        },
-        # early and late travel as floats: Triton compiles anew for the integers 0 and 1, and they change every step
-        scalars={
-            "gate": float(gate),
-            "early": float(early),
-            "late": float(late),
-            "dominant_weight": float(dominant_weight),
-            "other_weight": float(other_weight),
-            "parts": parts,
-            "bins": bins,
-            "first_high": 0 if cutoff is None else first_high_bin(bins, cutoff),
-            "adapters": adapters,
-        },
-        constexprs={"BLOCK_PARTS": 16, "BLOCK_BINS": block_bins, "BLOCK_ADAPTERS": padded(adapters, 8)},
-        grid=(rows, 1, 1),
-        num_warps=1,
-        num_stages=1,
-        bytes=rows * (parts + 1) * block_bins * 4 + out,
-        unique_bytes=(rows * parts + 1) * block_bins * 4 + out,
-        flops=rows * bins * (parts + 3),
-    )
 
 
 def partial_sums(x: Tensor, channel_mean: bool) -> Tensor:

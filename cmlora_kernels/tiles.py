@@ -150,17 +150,20 @@ def add_tile(p: Problem, arch: str) -> Tile:
     block_m, block_k = _pow2(p.tokens, 16, 64 if size == 2 else 32), 64 if size == 2 else 32
     if family(arch) == "wmma":
         block_k = 32 if size == 2 else 16  # two tiles of 64 do not fit its 256 registers
-    per_stage = (block_m + rank) * block_k * size
-    stages = _stages(arch, per_stage, (block_m + 64) * rank * size)
+    block_n = 32 if family(arch) == "wmma" and size == 4 else 64
+    if arch_part(arch) == "sm_100" and rank == 16 and size == 2 and p.outer // p.parts >= 128:
+        block_n = 128  # 64 spills in the convolution
+    # The expand is a loop of its own, pipelined as deep: tiles of B, one more that is laid anew, and a tile of y.
+    tile_b = block_n * rank * size
+    stages = _stages(arch, (block_m + rank) * block_k * size, tile_b + block_m * block_n * size, tile_b)
     # Four warps spill at rank 32 on sm_100, where accumulators come back from tensor memory all at once; at 16 tokens
     # eight would copy x 8 bytes at a time.
     wide = rank * size >= 256 or (arch_part(arch) == "sm_100" and rank > 16)
     warps = 8 if wide and block_m > 16 else 4
     if family(arch) == "mfma" and rank * size == 512:
         stages = 1  # a second tile spills
-    block_n = 32 if family(arch) == "wmma" and size == 4 else 64
-    if arch_part(arch) == "sm_100" and rank == 16 and size == 2 and p.outer // p.parts >= 128:
-        block_n = 128  # 64 spills in the convolution
+    if arch_part(arch) == "sm_80" and rank == 128 and size == 2 and p.weights:
+        stages = 2  # three spill four bytes in the channels-last convolution
     return Tile(block_m, block_n, block_k, warps, stages)
 
 
@@ -185,16 +188,27 @@ def _programs(p: Problem, block_m: int, block_n: int) -> int:
     return p.rows * cdiv(p.tokens, block_m) * p.parts * cdiv(p.outer // p.parts, block_n)
 
 
-def _stages(arch: str, per_stage: int, after: int) -> int:
+def _stages(arch: str, per_stage: int, after: int, per_stage_after: int = 0) -> int:
     """Tiles of the K loop in flight.
 
     CUDA: 3 of the widest fill half of an H100 unit's shared memory, so two blocks share it and one's end hides under
     the other's loop. CDNA: 2, one in registers and one in LDS. RDNA: 1, registers are what it lacks.
     """
     kind, limit = family(arch), chip(arch).shared
-    if kind == "mfma":
-        return 2 if max(per_stage, after) <= limit else 1
-    return next((n for n in (3, 2) if kind != "wmma" and n * per_stage + after <= limit), 1)
+    most = {"wgmma": 3, "mma": 3, "mfma": 2, "wmma": 1}[kind]
+    fitting = (n for n in range(most, 1, -1) if pipeline_bytes(kind, n, per_stage, after, per_stage_after) <= limit)
+    return next(fitting, 1)
+
+
+def pipeline_bytes(kind: str, stages: int, per_stage: int, after: int, per_stage_after: int = 0) -> int:
+    """Shared memory of a K loop of so many stages and of what comes after it, which may be pipelined, too; at most.
+
+    wgmma reads shared memory while later tiles arrive: a buffer per stage. Elsewhere the tile that is being multiplied
+    is in registers: a buffer less, and all of them are free for what comes after the loop.
+    """
+    if kind == "wgmma":
+        return stages * (per_stage + per_stage_after) + after
+    return max((stages - 1) * per_stage, (stages - 1) * per_stage_after + after)
 
 
 def _pow2(size: int, least: int, most: int) -> int:

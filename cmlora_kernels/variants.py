@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cmlora_kernels.combine_noise import combine_launch, guided_launch, moments_launch
+from cmlora_kernels.combine_noise import combine_launch
 from cmlora_kernels.combine_places import local_launch, regions_launch
 from cmlora_kernels.costs import choose
-from cmlora_kernels.dominant import select_launch
-from cmlora_kernels.feature_bank import gather_concat_launch, scatter_launch
+from cmlora_kernels.feature_bank import concat_channels_launch, scatter_launch
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.merged_bank import merged_launch
 from cmlora_kernels.multi_lora_add import add_launches
 from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
 from cmlora_kernels.multi_lora_linear import NO_WEIGHTS, linear_launch, part_rank
 from cmlora_kernels.places import blur_launch, masks_launch, strength_launch
-from cmlora_kernels.spectrum import finish_launch, spectrum_launch
+from cmlora_kernels.spectrum import spectrum_launch
+from cmlora_kernels.spectrum_finish import finish_launch
 from cmlora_kernels.tiles import Problem, supports
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -232,7 +232,8 @@ def _lora_launches(model: UNet | Transformer, lora: Lora, arch: str) -> Iterator
         if parts == 1 and not weights:
             yield merged_launch(problem, arch)
     for conv in conv_layers(model) if isinstance(model, UNet) else ():
-        yield from conv_launches(conv, lora, arch)
+        for channels_last in (False, True):
+            yield from conv_launches(conv, lora, arch, channels_last)
 
 
 def _linear_launches(problem: Problem, arch: str) -> Iterator[Launch]:
@@ -243,14 +244,17 @@ def _linear_launches(problem: Problem, arch: str) -> Iterator[Launch]:
     yield from adds
 
 
-def conv_launches(conv: Conv, lora: Lora, arch: str) -> Iterator[Launch]:
-    """The launches of one convolution on contiguous (NCHW) images, as a pipeline has them unless told otherwise."""
+def conv_launches(conv: Conv, lora: Lora, arch: str, channels_last: bool = False) -> Iterator[Launch]:
+    """The launches of one convolution; images are contiguous (NCHW) unless a pipeline is told otherwise."""
     rows, adapters, rank, dtype, weights = lora
     size, channels, outer, kernel, stride = conv
     pixels, taps = (size // stride) ** 2, kernel * kernel
     masks = (weights * pixels, pixels, 1) if weights else NO_WEIGHTS
     if kernel == 1:
         problem = Problem(rows, pixels, channels, outer, rank, 1, adapters, dtype, True, weights)
+        if choose(problem, arch).strategy == "fused" and channels_last:
+            yield from _linear_launches(problem, arch)
+            return
         if choose(problem, arch).strategy == "fused":
             tokens, y = (channels * pixels, 1, pixels), (outer * pixels, 1, pixels)
             updates = (part_rank(problem), rank * channels, channels, outer * rank, rank, *y, *masks)
@@ -273,6 +277,9 @@ def conv_launches(conv: Conv, lora: Lora, arch: str) -> Iterator[Launch]:
         (1, 1),
         weights,
     )
+    if channels_last:
+        yield from (launch for _, launch in conv_add_launches(convolution, arch))
+        return
     x = (channels * size * size, size * size, size, 1)
     a = (rank * channels * taps, channels * taps, 1, channels)  # channels innermost, as the adapter lays them
     strides = (*x, part_rank(convolution.as_linear()), *a, outer * rank, rank, outer * pixels, pixels, 1, *masks)
@@ -288,7 +295,6 @@ def _step_launches(unet: UNet, adapters: int, dtype: torch.dtype, arch: str) -> 
     yield spectrum
     for cutoff, chosen in ((None, None), (0.2, None), (0.2, choice)):
         yield finish_launch(2, size, size, parts, cutoff, chosen)
-    yield select_launch(2, *choice)
     for level, channels in enumerate(unet.channels):
         side = size >> level
         maps = (rows, channels, side, side)
@@ -298,14 +304,10 @@ def _step_launches(unet: UNet, adapters: int, dtype: torch.dtype, arch: str) -> 
     # the cache of branch (0, 1): the last up block's input
     deep, skip = unet.channels[1], unet.channels[0]
     for channels_last in (False, True):
-        for indexed in (False, True):
-            yield gather_concat_launch(rows, deep, skip, size * size, dtype, channels_last, indexed)
+        yield concat_channels_launch(rows, deep, skip, size * size, dtype, channels_last)
     yield scatter_launch(2, deep * size * size, dtype)
     latent = 4 * size * size
     yield combine_launch(adapters, 2, latent, dtype)
-    yield moments_launch(adapters, 1, latent, dtype, 7.5)
-    for rescale in (0.0, 0.7):
-        yield guided_launch(adapters, 1, latent, dtype, 7.5, rescale)
     yield from _place_launches(size, adapters, dtype)
 
 

@@ -19,7 +19,7 @@ from cmlora.lab.bench.folding import (
     wide_folds,
 )
 from cmlora.lab.bench.roofline import GPUS
-from cmlora_kernels import gather_concat, multi_lora_linear
+from cmlora_kernels import concat_channels, multi_lora_linear
 from cmlora_kernels.tiles import linear_tile
 
 H100, DOCUMENTS = GPUS["H100"], Path(__file__).resolve().parents[1] / "csrc_docs"
@@ -97,7 +97,7 @@ def test_wide_tiles_never_cost_more_than_those_that_are_shipped():
 
 def test_statistics_in_the_concat_spare_one_reading_of_it():
     with Trace() as trace:
-        F.group_norm(gather_concat(meta(10, 640, 8, 8), meta(10, 320, 8, 8)), 32)
+        F.group_norm(concat_channels(meta(10, 640, 8, 8), meta(10, 320, 8, 8)), 32)
         F.group_norm(meta(2, 64, 8, 8), 32)
     (fold,) = concat_folds(trace.ops("sm_90"))
     spared = sum(op.bytes for op in fold.now) - sum(op.bytes for op in fold.then)

@@ -21,7 +21,7 @@ from cmlora.lab.report import mean_with_interval
 from cmlora.lab.score.pictures import Shot, labels_of, read_shots
 from cmlora.lab.sweep.folder import MANIFEST
 from cmlora_kernels import radial_profile
-from cmlora_kernels.spectrum import first_high_bin
+from cmlora_kernels.spectrum_finish import first_high_bin
 
 CUTOFF = 0.2
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -101,21 +101,17 @@ def step() -> None:
     latents, rows = empty(2, 4, 64, 64), 10
     ck.radial_profile(latents, backend="triton")
     ck.radial_profile(empty(rows, 320, 64, 64), channel_mean=False, backend="triton")
-    share = ck.high_frequency_share(latents, 0.2, backend="triton")
+    ck.high_frequency_share(latents, 0.2, backend="triton")
     for early, late in ((0, 1), (1, 0), (2, 4)):
-        ck.select_dominant(share, 0.4, early, late, 5, 1.25, 0.75, backend="triton")
         ck.dominant_from_latents(latents, 0.2, 0.4, early, late, 5, 1.25, 0.75, backend="triton")
     bank, skip = empty(rows, 640, 64, 64), empty(rows, 320, 64, 64)
     index = torch.arange(rows)
     ck.scatter_rows(bank, bank[:2].clone(), index[:2].clone(), backend="triton")
-    ck.gather_concat(bank, skip, index, backend="triton")
-    ck.gather_concat(bank, skip, backend="triton")
+    ck.concat_channels(bank, skip, backend="triton")
     last = torch.channels_last
-    ck.gather_concat(bank.to(memory_format=last), skip.to(memory_format=last), index, backend="triton")
+    ck.concat_channels(bank.to(memory_format=last), skip.to(memory_format=last), backend="triton")
     noise, weights = empty(rows, 4, 64, 64), torch.ones(5, 2)
     ck.combine_noise(noise, weights, backend="triton")
-    for rescale in (0.0, 0.7):
-        ck.combine_guided_noise(noise, weights, 7.5, rescale, backend="triton")
     lora()
 
 

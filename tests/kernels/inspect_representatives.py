@@ -11,6 +11,9 @@ import torch
 import triton
 
 from cmlora_kernels.inspect import inspect_launch
+from cmlora_kernels.multi_lora_add import add_launches
+from cmlora_kernels.multi_lora_linear import linear_launch
+from cmlora_kernels.tiles import Problem
 from cmlora_kernels.variants import Variant, variants
 
 EVERYWHERE = {  # the kernels with matrix products, on every target: (kernel, dtype)
@@ -29,28 +32,34 @@ SHOWN = (
     "tensor_core",
     "async_copy",
     "access_bytes",
+    "narrow_access_bytes",
     "bytes",
     "flops",
 )
 
 
 def representatives(target: str) -> list[Variant]:
-    """Of each kernel and dtype the variant that moves most, with token weights and without; the copying kernels in fp16
-    on one target per vendor.
+    """Of each kernel and dtype the variant that moves most, with token weights and without, convolutions in either
+    layout; the copying kernels in fp16 on one target per vendor.
 
-    And the smallest linear layer in float32, whose tile of 16 tokens was the last one found to spill.
+    The smallest linear layer in float32, whose tile of 16 tokens once spilled. And the linear layer and the update in
+    place whose pipelines take most shared memory.
     """
-    most: dict[tuple[str, str, bool], Variant] = {}
+    most: dict[tuple[str, str, bool, bool], Variant] = {}
     known = variants(target, ranks=(16,))
     for variant in known:
         key = (variant.launch.kernel.__name__, str(variant.dtype).removeprefix("torch."))
-        routed = (*key, is_weighted(variant))
+        form = (*key, is_weighted(variant), variant.launch.scalars.get("x_channel") == 1)
         wanted = key in EVERYWHERE or (target in ("sm_90", "gfx942") and key[1] == "float16")
-        if wanted and (routed not in most or variant.launch.bytes > most[routed].launch.bytes):
-            most[routed] = variant
+        if wanted and (form not in most or variant.launch.bytes > most[form].launch.bytes):
+            most[form] = variant
     linear = [v for v in known if v.launch.kernel.__name__ == "linear_kernel" and v.dtype == torch.float32]
     small = [v for v in linear if not is_weighted(v)]
-    return [*most.values(), *sorted(small, key=lambda v: (v.launch.constexprs["BLOCK_M"], v.launch.bytes))[:1]]
+    smallest = sorted(small, key=lambda v: (v.launch.constexprs["BLOCK_M"], v.launch.bytes))[:1]
+    half = Problem(10, 1024, 640, 640, 64, 1, 5, torch.float16, True)
+    single = half._replace(rank=128, dtype=torch.float32)
+    widest = ((linear_launch(half, target), half), (add_launches(single, target)[0][1], single))
+    return [*most.values(), *smallest, *(Variant(launch, "", p.dtype, 0) for launch, p in widest)]
 
 
 def is_weighted(variant: Variant) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cmlora.lab.bench.tiny import DEVICE
-from cmlora_kernels import combine_guided_noise, combine_noise
+from cmlora_kernels import combine_noise
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SHAPES = [(4, 16, 16), (3, 7, 9), (1, 1, 2), (4, 65, 33)]
@@ -23,15 +23,6 @@ def combine_float64(noise: torch.Tensor, coefficients: torch.Tensor) -> torch.Te
     return (stacked * coefficients.double().view(*coefficients.shape, 1, 1, 1)).sum(0)
 
 
-def guide_float64(noise, coefficients, scale: float, rescale: float) -> torch.Tensor:
-    """What diffusers does after the combination: guidance, then rescale_noise_cfg."""
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-
-    u, c = combine_float64(noise, coefficients).chunk(2)
-    guided = u + scale * (c - u)
-    return rescale_noise_cfg(guided, c, guidance_rescale=rescale) if rescale else guided
-
-
 def assert_as_good_as_the_definition(got: torch.Tensor, definition: torch.Tensor, want: torch.Tensor) -> None:
     assert got.dtype == definition.dtype
     rounding = torch.finfo(got.dtype).eps * want.abs().max()
@@ -46,25 +37,6 @@ def test_combination_is_as_exact_as_its_definition(shape, dtype, adapters) -> No
     want = combine_float64(noise, coefficients)
     definition = combine_noise(noise, coefficients, backend="torch")
     assert_as_good_as_the_definition(combine_noise(noise, coefficients, backend="triton"), definition, want)
-
-
-@pytest.mark.parametrize("rescale", [0.0, 0.7])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(4, 16, 16), (3, 7, 9), (4, 65, 33)], ids=str)
-def test_guidance_equals_diffusers(shape, dtype, rescale) -> None:
-    noise, coefficients = predictions(3, 4, shape, dtype)
-    want = guide_float64(noise, coefficients, 7.5, rescale)
-    definition = combine_guided_noise(noise, coefficients, 7.5, rescale, backend="torch")
-    got = combine_guided_noise(noise, coefficients, 7.5, rescale, backend="triton")
-    assert_as_good_as_the_definition(got, definition, want)
-
-
-def test_rescale_survives_a_strong_mean() -> None:
-    noise, coefficients = predictions(2, 2, (4, 32, 32), mean=300.0)
-    want = guide_float64(noise, coefficients, 5.0, 1.0)
-    got = combine_guided_noise(noise, coefficients, 5.0, 1.0, backend="triton")
-    # E[x^2] - E[x]^2 in float32 would be off by several percent here
-    assert ((got - want).abs() / want.abs().max()).max() < 1e-5
 
 
 def test_channels_last_and_strided_noise_keep_their_values() -> None:
@@ -90,8 +62,6 @@ def test_ops_hold_torchs_contract() -> None:
     noise, coefficients = predictions(2, 2, (4, 5, 5))
     for backend in ("torch", "triton"):
         torch.library.opcheck(torch.ops.cmlora_kernels.combine_noise.default, (noise, coefficients, backend))
-        guided = torch.ops.cmlora_kernels.combine_guided_noise.default
-        torch.library.opcheck(guided, (noise, coefficients, 7.5, 0.5, backend))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +70,6 @@ def test_ops_hold_torchs_contract() -> None:
         (lambda n, c: combine_noise(n, c[:, :1]), r"adapters \* rows = 6, got \(2, 1\)"),
         (lambda n, c: combine_noise(n, c.half()), "coefficients must be float32"),
         (lambda n, c: combine_noise(n[:, 0, 0, 0], c), "noise must be"),
-        (lambda n, c: combine_guided_noise(n, c, 7.5), "even number of rows"),
     ],
 )
 def test_errors_name_the_argument(call, named: str) -> None:

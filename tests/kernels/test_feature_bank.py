@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cmlora.lab.bench.tiny import DEVICE
-from cmlora_kernels import gather_concat, scatter_rows
+from cmlora_kernels import concat_channels, scatter_rows
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # aligned, ragged, one pixel, more than one block a row
@@ -21,16 +21,13 @@ def features(*shape: int, dtype: torch.dtype = torch.float32, layout: torch.memo
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gather_equals_index_and_cat(shape, dtype, layout, backend) -> None:
+def test_concat_equals_cat(shape, dtype, layout, backend) -> None:
     bank_channels, skip_channels, *size = shape
-    bank = features(4, bank_channels, *size, dtype=dtype, layout=layout)
+    bank = features(3, bank_channels, *size, dtype=dtype, layout=layout)
     skip = features(3, skip_channels, *size, dtype=dtype, layout=layout)
-    index = torch.tensor([3, 0, 3], device=DEVICE)
-    y = gather_concat(bank, skip, index, backend=backend)
-    assert torch.equal(y, torch.cat((bank[index], skip), 1))
+    y = concat_channels(bank, skip, backend=backend)
+    assert torch.equal(y, torch.cat((bank, skip), 1))
     assert y.is_contiguous(memory_format=layout)
-    same_rows = gather_concat(bank[:3], skip, backend=backend)
-    assert torch.equal(same_rows, torch.cat((bank[:3], skip), 1))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -46,10 +43,10 @@ def test_scatter_writes_the_named_rows_and_no_other(dtype, layout, backend) -> N
     assert torch.equal(bank, want)
 
 
-def test_mixed_and_strided_layouts_gather_right() -> None:
+def test_mixed_and_strided_layouts_concatenate_right() -> None:
     bank = features(3, 8, 6, 6, layout=torch.channels_last)
     skip = features(3, 12, 6, 6)[:, ::3]
-    assert torch.equal(gather_concat(bank, skip, backend="triton"), torch.cat((bank, skip), 1))
+    assert torch.equal(concat_channels(bank, skip, backend="triton"), torch.cat((bank, skip), 1))
 
 
 def test_a_bank_with_gaps_is_still_written() -> None:
@@ -64,7 +61,7 @@ def test_no_rows_are_no_work() -> None:
     want = bank.clone()
     scatter_rows(bank, bank[:0], none, backend="triton")
     assert torch.equal(bank, want)
-    assert gather_concat(bank, features(0, 2, 3, 3), none, backend="triton").shape == (0, 6, 3, 3)
+    assert concat_channels(bank[:0], features(0, 2, 3, 3), backend="triton").shape == (0, 6, 3, 3)
 
 
 def test_ops_hold_torchs_contract() -> None:
@@ -73,9 +70,8 @@ def test_ops_hold_torchs_contract() -> None:
     for backend in ("torch", "triton"):
         for layout in LAYOUTS:
             bank, skip = features(3, 4, 5, 5, layout=layout), features(2, 2, 5, 5, layout=layout)
-            torch.library.opcheck(ops.gather_concat.default, (bank, skip, index, backend))
             torch.library.opcheck(ops.scatter_rows.default, (bank, bank[:2].clone(), index, backend))
-            torch.library.opcheck(ops.gather_concat.default, (bank[:2], skip, None, backend))
+            torch.library.opcheck(ops.concat_channels.default, (bank[:2], skip, backend))
 
 
 @pytest.mark.parametrize(
@@ -84,11 +80,11 @@ def test_ops_hold_torchs_contract() -> None:
         (lambda b, i: scatter_rows(b, b[:2, :1], i), r"rows must be \[n, 4, 3, 3\]"),
         (lambda b, i: scatter_rows(b, b[:2].half(), i), "rows must be of bank's dtype"),
         (lambda b, i: scatter_rows(b, b, i), r"index must be \[3\] int64"),
-        (lambda b, i: gather_concat(b, b[:2, :, 1:], i), "height and width"),
-        (lambda b, i: gather_concat(b, b[:2].half(), i), "skip must be of bank's dtype"),
-        (lambda b, i: gather_concat(b, b[:2]), "skip must have 3 rows"),
-        (lambda b, i: gather_concat(b, b[:2], i.int()), "int64, got"),
-        (lambda b, i: gather_concat(b, b[:2], i, backend="cpu"), "backend must be one of"),
+        (lambda b, i: concat_channels(b, b[:2, :, 1:]), "height and width"),
+        (lambda b, i: concat_channels(b, b[:2].half()), "skip must be of bank's dtype"),
+        (lambda b, i: concat_channels(b, b[:2]), "skip must have 3 rows"),
+        (lambda b, i: scatter_rows(b, b[:2], i.int()), "int64, got"),
+        (lambda b, i: concat_channels(b, b, backend="cpu"), "backend must be one of"),
     ],
 )
 def test_errors_name_the_argument(call, named: str) -> None:

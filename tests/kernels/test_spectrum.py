@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from cmlora.lab.bench.tiny import DEVICE
-from cmlora_kernels import dominant_from_latents, high_frequency_share, radial_profile, select_dominant, spectrum
+from cmlora_kernels import dominant_from_latents, high_frequency_share, radial_profile, spectrum
+from cmlora_kernels.dominant import select_definition
 from tests.conftest import shared
 
 SIZES = [(8, 8), (9, 9), (16, 8), (31, 33), (64, 64), (65, 63), (96, 128), (127, 64), (128, 128)]
@@ -102,11 +103,17 @@ def test_share_is_the_mean_beyond_the_cutoff(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dominant_follows_the_gate_and_nan_counts_as_below(backend: str) -> None:
-    share = torch.tensor([0.5, 0.4, 0.3, float("nan")], device=DEVICE)
-    dominant, weights = select_dominant(share, 0.4, 2, 0, 3, 1.25, 0.5, backend=backend)
-    # 0.4 in float32 is above the double 0.4: the comparison is float32's on every backend
-    assert dominant.tolist() == [2, 2, 0, 0]
-    assert weights.tolist() == [[0.5, 0.5, 1.25, 1.25], [0.5] * 4, [1.25, 1.25, 0.5, 0.5]]
+    x = images((3, 4, 64, 64))
+    x[2] = float("nan")
+    share = high_frequency_share(x, 0.2, backend=backend)
+    gate = share[:2].max().item()  # what a gate equals is above it
+    dominant, weights, got = dominant_from_latents(x, 0.2, gate, 2, 0, 3, 1.25, 0.5, backend=backend)
+    assert torch.equal(got[:2], share[:2])
+    assert got[2].isnan()
+    early = share[:2].argmax().item()
+    assert dominant.tolist() == [2 if row == early else 0 for row in range(3)]
+    assert weights[:, early].tolist() == [0.5, 0.5, 1.25]
+    assert weights[:, 2].tolist() == [1.25, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 64, 64), (1, 4, 9, 130)], ids=["kernel", "beyond the kernel's sizes"])
@@ -114,7 +121,7 @@ def test_fused_choice_equals_its_two_parts(shape: tuple[int, ...]) -> None:
     x = images(shape)
     share = high_frequency_share(x, 0.2, backend="triton")
     gate = share.mean().item()
-    want = (*select_dominant(share, gate, 1, 3, 5, 1.5, 0.875, backend="triton"), share)
+    want = (*select_definition(share, gate, 1, 3, 5, 1.5, 0.875), share)
     for got, part in zip(dominant_from_latents(x, 0.2, gate, 1, 3, 5, 1.5, 0.875, backend="triton"), want, strict=True):
         assert torch.equal(got, part)
 
@@ -130,8 +137,6 @@ def test_ops_hold_torchs_contract() -> None:
     for backend in BACKENDS:
         torch.library.opcheck(ops.radial_profile.default, (x, False, backend))
         torch.library.opcheck(ops.high_frequency_share.default, (x, 0.2, backend))
-        share = torch.rand(2, device=DEVICE)
-        torch.library.opcheck(ops.select_dominant.default, (share, 0.4, 0, 1, 3, 1.5, 0.5, backend))
         torch.library.opcheck(ops.dominant_from_latents.default, (x, 0.2, 0.4, 0, 1, 3, 1.5, 0.5, backend))
 
 
@@ -141,7 +146,10 @@ def test_ops_hold_torchs_contract() -> None:
         (lambda: radial_profile(images((4, 8, 8))), r"x must be \[rows, channels, height, width\], got \(4, 8, 8\)"),
         (lambda: high_frequency_share(images((1, 4, 8, 8)), 1.0), r"cutoff must be in \[0, 1\), got 1.0"),
         (lambda: radial_profile(images((1, 4, 8, 8)), backend="cuda"), "backend must be one of"),
-        (lambda: select_dominant(torch.ones(2), 0.4, 2, 0, 2, 1, 1), r"early must be in \[0, 2\), got 2"),
+        (
+            lambda: dominant_from_latents(images((1, 4, 8, 8)), 0.2, 0.4, 2, 0, 2, 1, 1),
+            r"early must be in \[0, 2\), got 2",
+        ),
         (lambda: dominant_from_latents(images((1, 4, 8, 8)), 0.2, 0.4, 0, -1, 2, 1, 1), "late must be in"),
     ],
 )

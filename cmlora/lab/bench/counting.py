@@ -22,14 +22,15 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from cmlora_kernels.combine_noise import combine_launch
 from cmlora_kernels.combine_places import local_launch, regions_launch
 from cmlora_kernels.costs import choose
-from cmlora_kernels.feature_bank import gather_concat_launch, scatter_launch
+from cmlora_kernels.feature_bank import concat_channels_launch, scatter_launch
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.layout import dense_format
 from cmlora_kernels.multi_lora_add import add_launches
 from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
 from cmlora_kernels.multi_lora_linear import linear_launch
 from cmlora_kernels.places import blur_launch, lay_out, masks_launch, strength_launch
-from cmlora_kernels.spectrum import finish_launch, spectrum_launch
+from cmlora_kernels.spectrum import spectrum_launch
+from cmlora_kernels.spectrum_finish import finish_launch
 from cmlora_kernels.tiles import Problem
 
 VIEWS = {
@@ -254,10 +255,10 @@ def _conv(
     return kernels
 
 
-def _gather(bank: Tensor, skip: Tensor, index: Tensor | None, _: str) -> Any:
+def _concat(bank: Tensor, skip: Tensor, _: str) -> Any:
     rows, channels, height, width = skip.shape
     last = dense_format(bank, skip) is torch.channels_last
-    launch = gather_concat_launch(rows, bank.shape[1], channels, height * width, bank.dtype, last, index is not None)
+    launch = concat_channels_launch(rows, bank.shape[1], channels, height * width, bank.dtype, last)
     return lambda arch: iter((_kernel(launch),))
 
 
@@ -324,7 +325,7 @@ KERNELS: dict[str, Callable[..., Callable[[str], Iterator[Op]]]] = {
     "multi_lora_add_": _add,
     "multi_lora_conv2d": _conv,
     "multi_lora_conv2d_add_": _conv_add,
-    "gather_concat": _gather,
+    "concat_channels": _concat,
     "scatter_rows": _scatter,
     "combine_noise": _combine,
     "place_strength": _strength,

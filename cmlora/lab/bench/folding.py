@@ -132,7 +132,7 @@ def concat_folds(ops: Ops) -> list[Fold]:
     return [
         Fold("statistics in the concat", (a, Op("statistics", b.bytes // 2), b), (a, b))
         for a, b in pairs
-        if a.name == "cat" or a.name.startswith("gather_concat")
+        if a.name == "cat" or a.name.startswith("concat_channels")
     ]
 
 

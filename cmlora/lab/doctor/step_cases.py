@@ -21,7 +21,7 @@ def step_cases(dtype: torch.dtype, size: int, channels: int = 64) -> Iterator[Ca
     word = str(dtype).removeprefix("torch.")
     for name, make in _OPS.items():
         yield Case(f"{name} {word}", _compared(make, dtype, size, channels))
-        if name in ("gather_concat", "combine_noise", "combine_local"):
+        if name in ("concat_channels", "combine_noise", "combine_local"):
             yield Case(f"{name} {word} channels_last", _compared(make, dtype, size, channels, last=True))
     yield Case(f"combine_noise {word} ragged", _compared(_OPS["combine_noise"], dtype, size - 3, channels))
 
@@ -55,17 +55,6 @@ def _combine(normal: Any, device: torch.device, size: int, channels: int) -> Mad
     return lambda backend, dtype: ck.combine_noise(noise.to(dtype), weights, backend=backend)  # type: ignore[arg-type]
 
 
-def _guided(normal: Any, device: torch.device, size: int, channels: int) -> Made:
-    noise, weights = normal(6, 4, size, size), torch.rand(3, 2, device=device)
-    return lambda backend, dtype: ck.combine_guided_noise(
-        noise.to(dtype),
-        weights,
-        7.5,
-        0.7,
-        backend=backend,  # type: ignore[arg-type]
-    )
-
-
 def _profile(normal: Any, device: torch.device, size: int, channels: int) -> Made:
     latents = normal(2, 4, size, size)
     return lambda backend, dtype: ck.radial_profile(latents.to(dtype), backend=backend)  # type: ignore[arg-type]
@@ -80,15 +69,9 @@ def _share(normal: Any, device: torch.device, size: int, channels: int) -> Made:
     )
 
 
-def _gather(normal: Any, device: torch.device, size: int, channels: int) -> Made:
-    bank, skip = normal(3, channels, size, size), normal(2, channels // 2, size, size)
-    index = torch.tensor([2, 0], device=device)
-    return lambda backend, dtype: ck.gather_concat(
-        bank.to(dtype),
-        skip.to(dtype),
-        index,
-        backend=backend,  # type: ignore[arg-type]
-    )
+def _concat(normal: Any, device: torch.device, size: int, channels: int) -> Made:
+    bank, skip = normal(2, channels, size, size), normal(2, channels // 2, size, size)
+    return lambda backend, dtype: ck.concat_channels(bank.to(dtype), skip.to(dtype), backend=backend)  # type: ignore[arg-type]
 
 
 def _scatter(normal: Any, device: torch.device, size: int, channels: int) -> Made:
@@ -142,10 +125,9 @@ def _regions(normal: Any, device: torch.device, size: int, channels: int) -> Mad
 
 _OPS: dict[str, Callable[..., Made]] = {
     "combine_noise": _combine,
-    "combine_guided_noise": _guided,
     "radial_profile": _profile,
     "high_frequency_share": _share,
-    "gather_concat": _gather,
+    "concat_channels": _concat,
     "scatter_rows": _scatter,
     "masks": _masks,
     "combine_local": _local,

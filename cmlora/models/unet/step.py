@@ -26,7 +26,7 @@ from cmlora.models.family import Batched
 from cmlora.models.unet.blocks import DownUnit, UpUnit, check_supported, cut_of, down_units, up_units
 from cmlora.models.unet.conditions import UNetConditions, UNetInputs
 from cmlora.models.unet.layers import plain_resnet, plain_transformer
-from cmlora_kernels import gather_concat
+from cmlora_kernels import concat_channels
 
 
 class BatchedUNet(Batched[UNetInputs, UNetConditions]):
@@ -186,7 +186,7 @@ class UNetPart:
         if _freeu(unit.block):
             joined = torch.cat(self._freeu(unit.block, hidden.clone(), whole(skip, self.rows)), dim=1)
         elif cached and skip.value.shape[0] == hidden.shape[0]:
-            joined = gather_concat(hidden, skip.value, backend=self.batched.backend)
+            joined = concat_channels(hidden, skip.value, backend=self.batched.backend)
         else:
             joined = concat(hidden, skip, self.rows)
         return Shared(joined, True, True)
