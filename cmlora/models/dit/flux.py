@@ -49,9 +49,7 @@ class BatchedFlux(BatchedTransformer[FluxInputs]):
     def positions(self, inputs: FluxInputs) -> tuple[Tensor, ...]:
         ids = [x[0] if x.ndim == 3 else x for x in (inputs.txt_ids, inputs.img_ids)]
         cos, sin = self.module.pos_embed(torch.cat(ids))
-        offsets = inputs.sample.new_zeros(2, 3)
-        offsets[:, 1] = 1  # of shift, scale, gate: blocks multiply by 1 + scale
-        return cos, sin, torch.complex(cos[:, ::2], sin[:, ::2]), offsets
+        return cos, sin, torch.stack((cos[:, ::2], sin[:, ::2]), -1).float()
 
     def text_embedders(self) -> set[nn.Module]:
         return {self.module.context_embedder}
