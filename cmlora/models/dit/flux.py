@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,14 +76,14 @@ class BatchedFlux(BatchedTransformer[FluxInputs]):
         if block in part.conditions.plain:
             state = double_block(block, part, *part.apart(state)) if double else single_block(block, part, state)
         else:
-            text, image = (whole(x, part.rows) for x in part.apart(state))
+            before, tokens, temb = part.rows_for(block, *part.apart(state), part.temb)
             text, image = block(
-                hidden_states=image,
-                encoder_hidden_states=text,
-                temb=whole(part.temb, part.rows),
+                hidden_states=tokens.value,
+                encoder_hidden_states=before.value,
+                temb=temb.value,
                 image_rotary_emb=part.conditions.positions[:2],
             )
-            state = (Shared(text, True, True), Shared(image, True, True))
+            state = (replace(before, value=text), replace(tokens, value=image))
         residual = _residual(inputs, index, len(self.module.transformer_blocks), len(self.blocks))
         if residual is None:
             return state
