@@ -1,36 +1,45 @@
 """What a step of FLUX.1-dev launches, counted on `meta`, and how long it is predicted to take; nothing is timed.
 
-python benchmarks/flux.py
+    python benchmarks/flux.py [--adapters N] [--brief]
+
+--brief: the table of predicted times alone. How the blocks are counted: cmlora/lab/bench/transformer_steps.py; the
+model of the times: csrc_docs/roofline.md.
 """
 
 from __future__ import annotations
 
-from cmlora.lab.bench.transformer_steps import INTERVAL, STEPS, MetaFlux
-from cmlora.models.dit.step import cut_of
+import argparse
+from collections.abc import Sequence
+from typing import Any
 
-ADAPTERS = 3
+from cmlora.lab.bench.transformer_steps import INTERVAL, STEPS, Flux, all_blocks, counts_table, times_table
+
+MEAN: dict[str, Any] = {"method": "cmlora", "combine": "mean", "partition": "offline"}
 
 
-def main() -> None:
-    flux = MetaFlux(ADAPTERS)
-    net = flux.pipe.transformer
-    blocks = len(net.transformer_blocks) + len(net.single_transformer_blocks)
-    cut = cut_of(blocks, None, cached=True)
-    mean = {"method": "cmlora", "combine": "mean", "partition": "offline"}
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="A step of FLUX.1-dev, counted and predicted.")
+    parser.add_argument("--adapters", type=int, default=3, metavar="N")
+    parser.add_argument("--brief", action="store_true", help="the table of predicted times alone")
+    args = parser.parse_args(arguments)
+    flux = Flux(args.adapters)
     rows = {
         "loop of set_adapters, no cache": flux.count_loop(interval=1),
-        "the same with our cache": flux.count_loop(cut=cut),
-        "cmlora, mean": flux.count(**mean),
-        "cmlora, local": flux.count(**(mean | {"combine": "local"})),
+        "the same with our cache": flux.count_loop(),
+        "cmlora, mean": flux.count(**MEAN),
+        "cmlora, local": flux.count(**(MEAN | {"combine": "local"})),
         "routed": flux.count(method="routed"),
         "merge": flux.count(method="merge"),
         "merge, no cache": flux.count(method="merge", cache_interval=1),
     }
-    print(f"FLUX.1-dev, {flux.side} px, {ADAPTERS} LoRAs, {STEPS} steps, interval {INTERVAL}; a step, on sm_90")
-    print(f"the first {cut[0]} and the last {cut[1]} of {blocks} blocks run in every step\n")
-    print("| | kernels | TFLOP | GB | ms, predicted, H100 |\n|---|---|---|---|---|")
-    for name, found in rows.items():
-        print(f"| {name} | {found.ops:.0f} | {found.flops / 1e12:.1f} | {found.bytes / 1e9:.1f} | {found.ms:.0f} |")
+    if not args.brief:
+        first, double, single, last = all_blocks()
+        every = first + double + single + last
+        print(f"FLUX.1-dev, 1024 px, {args.adapters} LoRAs, {STEPS} steps, interval {INTERVAL}; a step, on sm_90")
+        print(f"the first {first} and the last {last} of {every} blocks run in every step\n")
+        print(*counts_table(rows), "", sep="\n")
+    print(*times_table(rows), sep="\n")
 
 
 if __name__ == "__main__":

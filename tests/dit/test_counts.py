@@ -1,28 +1,47 @@
-"""Counted at Flux's real width on `meta`: what a step launches and computes against a loop of set_adapters.
+"""Counted at Flux's real size on `meta`: what a step launches and computes against a loop of set_adapters.
 
 `meta` tensors have no values: that a pipeline's call runs on them says that nothing is read back.
 """
 
+from pathlib import Path
+
 import pytest
 
-from cmlora.lab.bench.transformer_steps import MetaFlux
-from cmlora.models.dit.step import cut_of
+from cmlora.lab.bench.transformer_steps import Blocks, Flux, MetaFlux, counts_table, times_table
+
+ROOT = Path(__file__).resolve().parents[2]
+MEAN = {"method": "cmlora", "combine": "mean", "partition": "offline"}
 
 
 @pytest.fixture(scope="module")
 def flux():
-    return MetaFlux(3, num_layers=5, num_single_layers=10)  # a quarter of its blocks, all else as published
+    return Flux(3)
 
 
 def test_a_step_launches_and_computes_less_than_a_loop_of_set_adapters(flux):
-    cut = cut_of(15, None, cached=True)
-    loop, cached = flux.count_loop(interval=1), flux.count_loop(cut=cut)
-    ours = flux.count(method="cmlora", combine="mean", partition="offline")
-    assert ours.ops <= 0.3 * loop.ops
-    assert ours.flops <= cached.flops < loop.flops
+    loop, ours = flux.count_loop(), flux.count(**MEAN)
+    assert ours.ops <= 0.3 * loop.ops, "the loop has the same cache"
+    assert ours.flops <= loop.flops
+    rows = {"the same with our cache": loop, "cmlora, mean": ours}
+    for name, table in (("csrc_docs/transformers.md", counts_table), ("csrc_docs/roofline.md", times_table)):
+        assert "\n".join(table(rows)[2:]) in (ROOT / name).read_text()
+    assert "\n".join(times_table(rows)[2:]) in (ROOT / "README.md").read_text()
 
 
 def test_a_routed_image_costs_little_more_than_a_merged_one(flux):
     merged = flux.count(method="merge")
     routed = flux.count(method="routed")
     assert routed.flops <= 1.3 * merged.flops
+    assert all(r <= 1.3 * m for r, m in zip(routed.ms, merged.ms, strict=True))
+
+
+def test_every_further_block_of_a_kind_adds_the_same(flux):
+    blocks = Blocks(3, 2, 3, 2)
+    model = MetaFlux(3, num_layers=5, num_single_layers=5)
+    for traced, followed in (
+        (model.count(cache_branch=(3, 2), **MEAN), flux.count(blocks, **MEAN)),
+        (model.count_loop(cut=(3, 2)), flux.count_loop(blocks)),
+    ):
+        for name in ("ops", "flops", "bytes"):
+            assert getattr(traced, name) == pytest.approx(getattr(followed, name), rel=1e-9), name
+        assert traced.ms == pytest.approx(followed.ms, rel=1e-6)

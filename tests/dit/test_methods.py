@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import cmlora
-from cmlora.lab.bench.tiny import relative
+from cmlora.lab.bench.tiny import add_lora, relative
 from cmlora.lab.bench.tiny_transformers import KINDS, NAMES, draw, pipeline, with_loras
+from cmlora.models.dit.step import TransformerPart
 from tests.dit.peer import Peer
 
 EXACT = 1e-5
@@ -80,6 +81,28 @@ def test_any_number_of_adapters_and_any_cut(kind, count, cut):
         want = draw(pipe, kind, steps=6)
     with cmlora.accelerated(pipe, **config):
         assert relative(draw(pipe, kind, steps=6), want) < EXACT
+
+
+@pytest.mark.parametrize("kind", ["sd3", "qwen", "z_image"])
+def test_blocks_before_the_first_adapter_run_once_for_all_predictions(kind, monkeypatch):
+    pipe, name = pipeline(kind), KINDS[kind].blocks[-1]
+    first, *_, last = getattr(pipe.transformer, name)
+    for seed, adapter in enumerate(NAMES[:2]):
+        pattern = rf"^{name}\.3\..*(to_q|net\.2|w2)$"
+        add_lora(pipe.transformer, adapter, rank=3, pattern=pattern, seed=seed)
+    config, how = METHODS["mean"]
+    compare(kind, pipe, config | {"cache_interval": 1}, how, names=NAMES[:2])
+    rows, rows_for = {}, TransformerPart.rows_for
+
+    def counted(part, module, *xs):
+        given = rows_for(part, module, *xs)
+        rows[module] = len(given[0].value)
+        return given
+
+    monkeypatch.setattr(TransformerPart, "rows_for", counted)
+    with cmlora.accelerated(pipe, **config, cache_interval=1):
+        draw(pipe, kind)
+    assert (rows[first], rows[last]) == (1, 2)
 
 
 @pytest.mark.parametrize("method", ["mean", "routed"])

@@ -25,10 +25,12 @@ from cmlora_kernels.costs import choose
 from cmlora_kernels.feature_bank import concat_channels_launch, scatter_launch
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.layout import dense_format
+from cmlora_kernels.modulated_norm import modulated_launch
 from cmlora_kernels.multi_lora_add import add_launches
 from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
 from cmlora_kernels.multi_lora_linear import linear_launch
 from cmlora_kernels.places import blur_launch, lay_out, masks_launch, strength_launch
+from cmlora_kernels.rotary_norm import rotary_launch
 from cmlora_kernels.spectrum import spectrum_launch
 from cmlora_kernels.spectrum_finish import finish_launch
 from cmlora_kernels.tiles import Problem
@@ -37,6 +39,7 @@ VIEWS = {
     *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select"),
     *("alias", "as_strided", "split", "chunk", "unbind", "reshape", "_reshape_alias", "lift_fresh", "detach"),
     *("empty", "empty_like", "new_empty", "split_with_sizes", "empty_strided", "new_empty_strided"),
+    *("view_as_complex", "view_as_real"),
 }
 WRITE_ONLY = {"copy_", "fill_", "zero_"}  # what they write is not read before
 PICKING = {"index_select", "index", "gather", "embedding"}  # of their source they read what they return
@@ -88,16 +91,16 @@ class Trace(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._seen: list[Callable[[str], Iterator[Op]]] = []
-        self._attention = _OneAttention(self)
+        self._one_kernel = _OneKernel(self)
 
     def __enter__(self) -> Trace:
-        self._attention.__enter__()
+        self._one_kernel.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._attention.__exit__(*error)
+        self._one_kernel.__exit__(*error)
 
     def ops(self, arch: str) -> list[Op]:
         """The kernels in order, as a target such as "sm_90" launches them."""
@@ -120,17 +123,23 @@ class Trace(TorchDispatchMode):
         return out
 
 
-class _OneAttention(TorchFunctionMode):
-    """Scaled dot-product attention as one kernel, where `meta` would take it apart."""
+class _OneKernel(TorchFunctionMode):
+    """What `meta` takes apart and CUDA runs as one kernel: scaled dot-product attention, and torch's RMS norm."""
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()
         self.trace = trace
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
         tensors = list(_tensors((args, kwargs)))
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return self._attention(tensors)
+        if func is torch.nn.functional.rms_norm and len({t.dtype for t in tensors}) == 1:
+            self.trace.add(Op("rms_norm", sum(map(_bytes, tensors)) + _bytes(tensors[0])))
+            return torch.empty_like(tensors[0])
+        return func(*args, **(kwargs or {}))
+
+    def _attention(self, tensors: list[Tensor]) -> Tensor:
         query, key, value = tensors[:3]
         rows, heads, tokens, width = query.shape
         flops = sdpa_flop_count(query.shape, key.shape, value.shape)
@@ -303,6 +312,17 @@ def _regions(noise: Tensor, regions: Tensor, coefficients: Tensor, _: str) -> An
     return lambda arch: iter((_kernel(launch),))
 
 
+def _modulated(x: Tensor, shift: Tensor, _: Tensor, eps: float, __: str) -> Any:
+    launch = modulated_launch(tuple(x.shape), shift.shape[0], (x.stride(0), shift.stride(0)), x.dtype, eps)
+    return lambda arch: iter((_kernel(launch),))
+
+
+def _rotary(x: Tensor, weight: Tensor, _: Tensor, eps: float, before: Tensor | None, *__: Any) -> Any:
+    rows, tokens, stride = (0, 0, 0) if before is None else (*before.shape[:2], before.stride(0))
+    launch = rotary_launch(tuple(x.shape), (rows, tokens), (x.stride(0), stride), x.dtype, weight.dtype, eps)
+    return lambda arch: iter((_kernel(launch),))
+
+
 def _spectrum(x: Tensor, cutoff: float, choice: Any) -> Any:
     shape, strides, dtype = tuple(x.shape), x.stride(), x.dtype
 
@@ -332,6 +352,8 @@ KERNELS: dict[str, Callable[..., Callable[[str], Iterator[Op]]]] = {
     "place_masks": _masks,
     "combine_local": _local,
     "combine_regions": _regions,
+    "modulated_norm": _modulated,
+    "rotary_norm": _rotary,
     "dominant_from_latents": _dominant,
     "high_frequency_share": lambda x, cutoff, _: _spectrum(x, cutoff, None),
 }

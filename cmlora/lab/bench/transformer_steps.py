@@ -1,14 +1,17 @@
 """Denoising steps of Flux at its real size on `meta`, by us and by a loop of `set_adapters`, traced.
 
-The pipeline's own call runs, so that nothing of it may read a value: `meta` tensors have none.
+The pipeline's own call runs, so that nothing of it may read a value: `meta` tensors have none. Blocks of a kind launch
+alike, so that a few are traced and the others follow (`Flux`); tests/dit/test_counts.py holds that at a further size.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -16,11 +19,15 @@ from peft import LoraConfig
 from torch import Tensor
 
 from cmlora.accelerate import accelerated
-from cmlora.lab.bench.counting import Op, Trace
-from cmlora.lab.bench.roofline import GPUS, Assumptions, Gpu, step_time
+from cmlora.lab.bench.counting import Trace
+from cmlora.lab.bench.roofline import GPUS, Assumptions, step_time
 from cmlora.lab.bench.tiny_transformers import pipeline
+from cmlora.models.dit.step import cut_of
 
 STEPS, INTERVAL = 28, 2
+DOUBLE, SINGLE = 19, 38  # FLUX.1-dev's blocks of two streams and of one
+CARDS = ("A100", "H100", "H200", "MI300X")
+COUNTED_ON = "sm_90"
 LAYERS = r".*blocks\..*(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|proj_mlp|proj_out|net\.0\.proj|net\.2)"
 """What trainers change: attention and feed-forward of both streams."""
 
@@ -30,14 +37,90 @@ class Counted:
     """Of one image of STEPS steps, on average per step.
 
     Attributes:
-        ops: kernels launched. flops: 2 per multiply-add. bytes: read and written, every element once.
-        ms: predicted (`roofline.step_time`), set_adapters for free.
+        ops: kernels launched on COUNTED_ON. flops: 2 per multiply-add. bytes: read and written, every element once.
+        ms: predicted (`roofline.step_time`) on each of CARDS, set_adapters for free.
     """
 
     ops: float
     flops: float
     bytes: float
-    ms: float
+    ms: tuple[float, ...]
+
+    def __add__(self, other: Counted) -> Counted:
+        ms = tuple(x + y for x, y in zip(self.ms, other.ms, strict=True))
+        return Counted(self.ops + other.ops, self.flops + other.flops, self.bytes + other.bytes, ms)
+
+    def __rmul__(self, factor: float) -> Counted:
+        ms = tuple(factor * x for x in self.ms)
+        return Counted(factor * self.ops, factor * self.flops, factor * self.bytes, ms)
+
+
+class Blocks(NamedTuple):
+    """How many run in every step at the beginning (of two streams), are cached, and run at the end (of one)."""
+
+    first: int
+    deep_double: int
+    deep_single: int
+    last: int
+
+
+FEW = Blocks(2, 1, 1, 1)  # the very first block is like no other: its rows are still the same
+
+
+def all_blocks() -> Blocks:
+    """FLUX.1-dev's, by the default cut."""
+    first, last = cut_of(DOUBLE + SINGLE, None, cached=True)
+    return Blocks(first, DOUBLE - first, SINGLE - last, last)
+
+
+class Flux:
+    """FLUX.1-dev, counted on a few blocks: each further one of a kind adds what one more of them adds.
+
+    Args:
+        adapters: LoRAs that it carries.
+    """
+
+    def __init__(self, adapters: int) -> None:
+        self.adapters = adapters
+        self._models: dict[tuple[int, int], MetaFlux] = {}
+
+    def count(self, blocks: Blocks | None = None, **config: Any) -> Counted:
+        """By us, `config` of CMLoRAConfig; `blocks`: all of them, or so many."""
+        cached = config.get("cache_interval", INTERVAL) != 1
+
+        def of(model: MetaFlux, cut: tuple[int, int]) -> Counted:
+            return model.count(**({"cache_branch": cut} | config))
+
+        return self._followed(of, blocks, cached=cached)
+
+    def count_loop(self, blocks: Blocks | None = None, interval: int = INTERVAL) -> Counted:
+        """By a loop of plain calls, with the same cache unless the interval is 1."""
+
+        def of(model: MetaFlux, cut: tuple[int, int]) -> Counted:
+            return model.count_loop(interval, cut)
+
+        return self._followed(of, blocks, cached=interval != 1)
+
+    def traced(self, of: Callable[[MetaFlux, tuple[int, int]], Counted], blocks: Blocks) -> Counted:
+        """What a model of just these blocks does."""
+        sizes = blocks.first + blocks.deep_double, blocks.deep_single + blocks.last
+        if sizes not in self._models:
+            self._models[sizes] = MetaFlux(self.adapters, num_layers=sizes[0], num_single_layers=sizes[1])
+        return of(self._models[sizes], (blocks.first, blocks.last))
+
+    def _followed(
+        self, of: Callable[[MetaFlux, tuple[int, int]], Counted], blocks: Blocks | None, cached: bool
+    ) -> Counted:
+        few = self.traced(of, FEW)
+        total, wanted = few, all_blocks() if blocks is None else blocks
+        if not cached:  # there are two kinds then
+            first, double, single, last = wanted
+            wanted = Blocks(FEW.first, first + double - FEW.first, single + last - FEW.last, FEW.last)
+        for kind, count, more in zip(Blocks._fields, FEW, wanted, strict=True):
+            if more != count:
+                one = self.traced(of, FEW._replace(**{kind: count + 1}))
+                total = total + (more - count) * (one + -1 * few)
+        return total
 
 
 class MetaFlux:
@@ -57,33 +140,23 @@ class MetaFlux:
         self.pipe = pipeline("flux", model.to(torch.bfloat16).eval(), device="meta")
         self.side, self.text = side, text
 
-    def count(self, gpu: str = "H100", **config: Any) -> Counted:
-        """By us, `config` of CMLoRAConfig, on a GPU."""
+    def count(self, **config: Any) -> Counted:
+        """By us, `config` of CMLoRAConfig."""
         self.pipe.transformer.set_adapters(self.names)
         with accelerated(self.pipe, **({"cache_interval": INTERVAL} | config)):
-            return self._image(GPUS[gpu])
+            return self._image()
 
-    def count_loop(self, gpu: str = "H100", interval: int = INTERVAL, cut: tuple[int, int] = (0, 0)) -> Counted:
+    def count_loop(self, interval: int = INTERVAL, cut: tuple[int, int] = (0, 0)) -> Counted:
         """By a loop of plain calls, the mean of all adapters; with an interval, deep blocks are left out as we do."""
         with _Loop(self.pipe.transformer, self.names, interval, cut):
-            return self._image(GPUS[gpu])
+            return self._image()
 
-    def _image(self, gpu: Gpu) -> Counted:
+    def _image(self) -> Counted:
         """The first four steps stand for all: the first interval, in which masks are found, and one that repeats."""
-        ops = [trace.ops(gpu.arch) for trace in self._traces(2 * INTERVAL)]
+        steps = [_of_step(trace) for trace in self._traces(2 * INTERVAL)]
         share = (STEPS - INTERVAL) / INTERVAL
-
-        def mean(of: Callable[[list[Op]], float]) -> float:
-            first, repeated = (sum(map(of, part)) for part in (ops[:INTERVAL], ops[INTERVAL:]))
-            return (first + share * repeated) / STEPS
-
-        given = Assumptions()
-        return Counted(
-            mean(len),
-            mean(lambda step: sum(op.flops for op in step)),
-            mean(lambda step: sum(op.bytes for op in step)),
-            mean(lambda step: 1e3 * step_time(step, gpu, given).step),
-        )
+        first, repeated = (functools.reduce(operator.add, part) for part in (steps[:INTERVAL], steps[INTERVAL:]))
+        return (1 / STEPS) * (first + share * repeated)
 
     def _traces(self, steps: int) -> Sequence[Trace]:
         """A trace per step, the scheduler's own work in it."""
@@ -113,6 +186,13 @@ class MetaFlux:
         finally:
             traces[-1].__exit__(None, None, None)
         return traces[:-1]
+
+
+def _of_step(trace: Trace) -> Counted:
+    ops, given = trace.ops(COUNTED_ON), Assumptions()
+    gpus = [GPUS[card] for card in CARDS]
+    ms = tuple(1e3 * step_time(trace.ops(gpu.arch), gpu, given).step for gpu in gpus)
+    return Counted(len(ops), sum(op.flops for op in ops), sum(op.bytes for op in ops), ms)
 
 
 class _Loop:
@@ -165,3 +245,15 @@ class _Loop:
                 block.forward = skip if i else add
                 stack.callback(block.__dict__.pop, "forward")
             yield
+
+
+def counts_table(rows: dict[str, Counted]) -> list[str]:
+    """Kernels, flops and bytes of a step."""
+    lines = ["| | kernels | TFLOP | GB |", "|---|---|---|---|"]
+    return lines + [f"| {n} | {c.ops:.0f} | {c.flops / 1e12:.1f} | {c.bytes / 1e9:.1f} |" for n, c in rows.items()]
+
+
+def times_table(rows: dict[str, Counted]) -> list[str]:
+    """Milliseconds of a step, predicted."""
+    lines = [f"| ms of a step, predicted | {' | '.join(CARDS)} |", "|---" * (1 + len(CARDS)) + "|"]
+    return lines + [f"| {n} | {' | '.join(f'{ms:.0f}' for ms in c.ms)} |" for n, c in rows.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,9 +49,7 @@ class BatchedFlux(BatchedTransformer[FluxInputs]):
     def positions(self, inputs: FluxInputs) -> tuple[Tensor, ...]:
         ids = [x[0] if x.ndim == 3 else x for x in (inputs.txt_ids, inputs.img_ids)]
         cos, sin = self.module.pos_embed(torch.cat(ids))
-        offsets = inputs.sample.new_zeros(2, 3)
-        offsets[:, 1] = 1  # of shift, scale, gate: blocks multiply by 1 + scale
-        return cos, sin, torch.complex(cos[:, ::2], sin[:, ::2]), offsets
+        return cos, sin, torch.stack((cos[:, ::2], sin[:, ::2]), -1).float()
 
     def text_embedders(self) -> set[nn.Module]:
         return {self.module.context_embedder}
@@ -78,14 +76,14 @@ class BatchedFlux(BatchedTransformer[FluxInputs]):
         if block in part.conditions.plain:
             state = double_block(block, part, *part.apart(state)) if double else single_block(block, part, state)
         else:
-            text, image = (whole(x, part.rows) for x in part.apart(state))
+            before, tokens, temb = part.rows_for(block, *part.apart(state), part.temb)
             text, image = block(
-                hidden_states=image,
-                encoder_hidden_states=text,
-                temb=whole(part.temb, part.rows),
+                hidden_states=tokens.value,
+                encoder_hidden_states=before.value,
+                temb=temb.value,
                 image_rotary_emb=part.conditions.positions[:2],
             )
-            state = (Shared(text, True, True), Shared(image, True, True))
+            state = (replace(before, value=text), replace(tokens, value=image))
         residual = _residual(inputs, index, len(self.module.transformer_blocks), len(self.blocks))
         if residual is None:
             return state

@@ -16,11 +16,12 @@ from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
-from torch import Tensor, nn
+from torch import nn
 
-from cmlora.batch.rows import Shared
+from cmlora.batch.rows import Shared, lift
 from cmlora.lora.plain import unhooked
 from cmlora.models.dit.step import State, TransformerPart, alike, fused
+from cmlora_kernels import modulated_norm, rotary_norm
 
 LARGEST = 65504
 """Of float16, in which diffusers clips what the blocks hand on."""
@@ -29,19 +30,28 @@ LARGEST = 65504
 def is_plain(block: Any) -> bool:
     """Whether a block is diffusers' own, nothing around it or what is not called as a module."""
     norms: tuple[Any, ...]
+    names: tuple[str, ...]
     kind: type[nn.Module]
     if type(block) is FluxTransformerBlock:
         norms, kind = (block.norm1, block.norm1_context), AdaLayerNormZero
+        layer_norms, names = [block.norm2, block.norm2_context], ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
     elif type(block) is FluxSingleTransformerBlock:
         norms, kind = (block.norm,), AdaLayerNormZeroSingle
+        layer_norms, names = [], ("norm_q", "norm_k")
     else:
         return False
     attn = block.attn
+    if type(attn) is not FluxAttention or not all(type(norm) is kind for norm in norms):
+        return False
+    layer_norms += [norm.norm for norm in norms]
+    head_norms = [getattr(attn, name) for name in names]
     return (
-        type(attn) is FluxAttention
-        and type(attn.processor) is FluxAttnProcessor
-        and all(type(norm) is kind and type(norm.silu) is nn.SiLU for norm in norms)
-        and all(map(unhooked, (block, attn, *norms, *(norm.silu for norm in norms))))
+        type(attn.processor) is FluxAttnProcessor
+        and all(type(norm.silu) is nn.SiLU for norm in norms)
+        and all(type(norm) is nn.LayerNorm and norm.weight is None for norm in layer_norms)
+        and all(type(norm) is nn.RMSNorm for norm in head_norms)
+        and all(norm.weight is not None and norm.eps is not None for norm in head_norms)
+        and all(map(unhooked, (block, attn, *norms, *(norm.silu for norm in norms), *layer_norms, *head_norms)))
     )
 
 
@@ -49,7 +59,7 @@ def double_block(block: Any, part: TransformerPart, text: Shared, image: Shared)
     """FluxTransformerBlock.forward."""
     of_image, of_text = (_modulation(norm, part, 6) for norm in (block.norm1, block.norm1_context))
     x, y = (
-        _modulated(norm.norm, part, stream, m[0], m[1])
+        _modulated(norm.norm, part, stream, *m[:2])
         for norm, stream, m in ((block.norm1, image, of_image), (block.norm1_context, text, of_text))
     )
     attended = _attention(block.attn, part, x, y)
@@ -73,16 +83,17 @@ def single_block(block: Any, part: TransformerPart, state: State) -> State:
 
 
 def _modulation(norm: Any, part: TransformerPart, count: int) -> list[Shared]:
-    """Shift, 1 + scale, gate, ... of a norm [rows, 1, width], of own rows where no adapter changes it."""
+    """Shift, scale, gate, ... of a norm [rows, 1, width], of own rows where no adapter changes it."""
     given = part.run(norm.linear, part.activated)
-    offsets = part.conditions.positions[3][: count // 3].view(1, count, 1)
-    values = given.value.view(given.value.shape[0], count, -1) + offsets
+    values = given.value.view(given.value.shape[0], count, -1)
     return [Shared(m, given.by_prediction, given.by_half) for m in values.chunk(count, 1)]
 
 
 def _modulated(norm: Any, part: TransformerPart, x: Shared, shift: Shared, scale: Shared) -> Shared:
-    """`scale` is 1 + scale."""
-    return fused(part.rows, torch.addcmul, shift, part.run(norm, x), scale)
+    if x.by_prediction or shift.by_prediction:  # rows repeat by predictions alone
+        x, shift, scale = (lift(t, part.rows, by_half=x.by_half or shift.by_half) for t in (x, shift, scale))
+    y = modulated_norm(x.value, shift.value, scale.value, norm.eps, part.batched.backend)
+    return Shared(y, x.by_prediction or shift.by_prediction, x.by_half or shift.by_half)
 
 
 def _gated(part: TransformerPart, x: Shared, gate: Shared, change: Shared) -> Shared:
@@ -107,18 +118,14 @@ def _attention(attn: Any, part: TransformerPart, x: Shared, text: Shared | None 
         given += [part.run(layer, text) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
     given = alike(part.rows, *given)
     query, key, value, *of_text = (g.value.view(*g.value.shape[:2], -1, attn.head_dim) for g in given)
-    query, key = attn.norm_q(query), attn.norm_k(key)
-    if text is not None:
-        query = torch.cat([attn.norm_added_q(of_text[0]), query], 1)
-        key = torch.cat([attn.norm_added_k(of_text[1]), key], 1)
+    turns, how = part.conditions.positions[2], part.batched.backend
+    if text is None:
+        query = rotary_norm(query, attn.norm_q.weight, turns, attn.norm_q.eps, backend=how)
+        key = rotary_norm(key, attn.norm_k.weight, turns, attn.norm_k.eps, backend=how)
+    else:
+        of_query, of_key = attn.norm_added_q, attn.norm_added_k
+        query = rotary_norm(query, attn.norm_q.weight, turns, attn.norm_q.eps, of_text[0], of_query.weight, how)
+        key = rotary_norm(key, attn.norm_k.weight, turns, attn.norm_k.eps, of_text[1], of_key.weight, how)
         value = torch.cat([of_text[2], value], 1)
-    turns = part.conditions.positions[2]
-    backend = attn.processor._attention_backend
-    out = dispatch_attention_fn(_turned(query, turns), _turned(key, turns), value, backend=backend)
+    out = dispatch_attention_fn(query, key, value, backend=attn.processor._attention_backend)
     return Shared(out.flatten(2, 3).to(query.dtype), given[0].by_prediction, given[0].by_half)
-
-
-def _turned(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotary positions: pairs of x [rows, tokens, heads, width] as complex numbers, times turns [tokens, width / 2]."""
-    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * turns[:, None]).flatten(-2).to(x.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,23 +75,22 @@ class BatchedQwen(BatchedTransformer[QwenInputs]):
         return Shared(module.time_text_embed(time.value, inputs.sample), time.by_prediction, True)
 
     def block(self, part: TransformerPart, index: int, state: State) -> State:
-        inputs, given = part.inputs, part.inputs.controlnet_block_samples
+        block, inputs, given = self.blocks[index], part.inputs, part.inputs.controlnet_block_samples
+        before, tokens, temb = part.rows_for(block, *part.apart(state), part.temb)
         mask = inputs.encoder_hidden_states_mask
-        if mask is not None:
-            mask = part.conditions.given(MASK, inputs, part.everyone).bool()
-            mask = pick(mask, part.rows.index)
-        text, image = (whole(x, part.rows) for x in part.apart(state))
-        text, image = self.blocks[index](
-            hidden_states=image,
-            encoder_hidden_states=text,
-            encoder_hidden_states_mask=mask,
-            temb=whole(part.temb, part.rows),
+        if mask is not None and before.by_prediction:
+            mask = pick(part.conditions.given(MASK, inputs, part.everyone), part.rows.index)
+        text, image = block(
+            hidden_states=tokens.value,
+            encoder_hidden_states=before.value,
+            encoder_hidden_states_mask=None if mask is None else mask.bool(),
+            temb=temb.value,
             image_rotary_emb=part.conditions.positions,
         )
-        changed = Shared(image, True, True)
+        changed = replace(tokens, value=image)
         if given is not None:
             changed = part.add_own(changed, given[index // -(-len(self.blocks) // len(given))])
-        return Shared(text, True, True), changed
+        return replace(before, value=text), changed
 
     def finish(self, part: TransformerPart, image: Tensor) -> Tensor:
         noise: Tensor = self.module.proj_out(self.module.norm_out(image, whole(part.temb, part.rows)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -67,16 +67,14 @@ class BatchedSD3(BatchedTransformer[SD3Inputs]):
         return Shared(module.time_text_embed(time, pooled), True, True)
 
     def block(self, part: TransformerPart, index: int, state: State) -> State:
-        block, rows, given = self.blocks[index], part.rows, part.inputs.block_controlnet_hidden_states
-        before, image = part.apart(state)
-        text, changed = block(
-            hidden_states=whole(image, rows), encoder_hidden_states=whole(before, rows), temb=whole(part.temb, rows)
-        )
-        after = before if text is None else Shared(text, True, True)  # nothing reads the text behind the last block
-        image = Shared(changed, True, True)
+        block, given = self.blocks[index], part.inputs.block_controlnet_hidden_states
+        before, tokens, temb = part.rows_for(block, *part.apart(state), part.temb)
+        text, image = block(hidden_states=tokens.value, encoder_hidden_states=before.value, temb=temb.value)
+        after = before if text is None else replace(before, value=text)  # nothing reads it behind the last block
+        changed = replace(tokens, value=image)
         if given is not None and not block.context_pre_only:
-            image = part.add_own(image, given[int(index / (len(self.blocks) / len(given)))])
-        return after, image
+            changed = part.add_own(changed, given[int(index / (len(self.blocks) / len(given)))])
+        return after, changed
 
     def finish(self, part: TransformerPart, image: Tensor) -> Tensor:
         module, (height, width) = self.module, part.inputs.size

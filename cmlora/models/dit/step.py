@@ -294,6 +294,11 @@ class TransformerPart:
         x = lift(x, self.rows, by_prediction=True) if module in self.conditions.carrying else x
         return Shared(module(x.value), x.by_prediction, x.by_half)
 
+    def rows_for(self, module: nn.Module, *xs: Shared) -> list[Shared]:
+        """What a module takes, with rows alike: of every prediction only if an adapter changes it or one of them."""
+        apart = module in self.conditions.carrying or any(x.by_prediction for x in xs)
+        return [lift(x, self.rows, by_prediction=apart, by_half=True) for x in xs]
+
     def add_own(self, x: Shared, residual: Tensor) -> Shared:
         """Add [own rows, ...], or [1, ...] for all: ControlNet's."""
         return fused(self.rows, torch.add, x, Shared(residual, False, True))

@@ -132,13 +132,15 @@ class BatchedZImage(BatchedTransformer[ZImageInputs]):
         sample = inputs.sample[: rows.images]
         patches = sample.unflatten(3, (width, PATCH)).unflatten(2, (height, PATCH)).permute(0, 2, 4, 3, 5, 1)
         embedder = module.all_x_embedder[EMBEDDER]
-        image = whole(part.run(embedder, Shared(patches.reshape(rows.images, height * width, -1), False, False)), rows)
+        image = part.run(embedder, Shared(patches.reshape(rows.images, height * width, -1), False, False))
         if padding:
-            image = torch.cat([image, module.x_pad_token.expand(image.shape[0], padding, -1)], 1)
-        turns = whole(Shared(part.conditions.positions[1][:, : height * width + padding], False, True), rows)
+            filled = module.x_pad_token.expand(image.value.shape[0], padding, -1)
+            image = replace(image, value=torch.cat([image.value, filled], 1))
+        turns = Shared(part.conditions.positions[1][:, : height * width + padding], False, True)
         for block in module.noise_refiner:
-            image = block(image, None, turns, whole(part.temb, rows))
-        return Shared(image, True, True)
+            image, turned, temb = part.rows_for(block, image, turns, part.temb)
+            image = replace(image, value=block(image.value, None, turned.value, temb.value))
+        return image
 
     def embed_time(self, part: TransformerPart) -> Shared:
         module, inputs = self.module, part.inputs
@@ -149,13 +151,14 @@ class BatchedZImage(BatchedTransformer[ZImageInputs]):
         return Shared(embedded, time.by_prediction, True)
 
     def block(self, part: TransformerPart, index: int, state: State) -> State:
-        rows, given = part.rows, part.inputs.controlnet_block_samples or {}
-        tokens = whole(part.joined(state), rows)
-        _, turns, here, _ = (whole(Shared(p, False, True), rows) for p in part.conditions.positions)
+        block, given = self.blocks[index], part.inputs.controlnet_block_samples or {}
+        positions = (Shared(p, False, True) for p in part.conditions.positions[1:3])
+        tokens, temb, turns, here = part.rows_for(block, part.joined(state), part.temb, *positions)
         mask = None
         if self._ragged(part.inputs):
-            mask = torch.cat([here.new_ones(here.shape[0], tokens.shape[1] - here.shape[1]), here], 1)
-        changed = Shared(self.blocks[index](tokens, mask, turns, whole(part.temb, rows)), True, True)
+            there = here.value
+            mask = torch.cat([there.new_ones(there.shape[0], tokens.value.shape[1] - there.shape[1]), there], 1)
+        changed = replace(tokens, value=block(tokens.value, mask, turns.value, temb.value))
         return (part.add_own(changed, given[index]) if index in given else changed,)
 
     def finish(self, part: TransformerPart, image: Tensor) -> Tensor:
