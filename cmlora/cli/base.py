@@ -44,7 +44,7 @@ class LoraFile:
                 path, weight = head, float(tail)
             except ValueError:
                 path = rest  # a colon of the path itself
-        if not Path(path).is_file() and path in sprites.CONCEPTS:
+        if not Path(path).is_file() and path in (*sprites.CONCEPTS, *sprites.TROUBLE):
             return cls(Path(sprites.lora_path(path)), weight, name or path)
         if not Path(path).is_file():
             raise typer.BadParameter(f"--lora {text}: no such file: {path}")

@@ -142,7 +142,7 @@ def generate(
     }
     images = []
     for name in methods:
-        accelerate(pipe, method=name, mask_text=mask_text, **how, **places)
+        accelerate(pipe, method=name, **how, **places)
         pipe.set_progress_bar_config(desc=name)
         images.append(_draw(pipe, prompt, negative, steps, guidance, seed, height, width))
         run = summary(pipe)

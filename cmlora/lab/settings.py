@@ -102,14 +102,13 @@ SEARCH: dict[str, Config] = {
 """One field at a time away from the defaults."""
 
 MASKS: dict[str, Config] = {
-    "merge": MERGE,
-    **{f"routed, temperature {tau}": {**ROUTED, "mask_temperature": tau} for tau in (0.3, 0.6, 1.0)},
-    **{f"routed, {k} mask steps": {**ROUTED, "mask_steps": k} for k in (1, 4)},
-    "routed, style shared": {**ROUTED, "shared": ["style"]},
-    **{f"local, temperature {tau}": {**LOCAL, "mask_temperature": tau} for tau in (0.25, 0.5, 1.0)},
-    "local, style shared": {**LOCAL, "shared": ["style"]},
+    BEST: {**HALF_TEXT, "weights": 0.6},
+    **{f"temperature {tau}": {**HALF_TEXT, "weights": 0.6, "mask_temperature": tau} for tau in (0.3, 1.0)},
+    **{f"{k} mask steps": {**HALF_TEXT, "weights": 0.6, "mask_steps": k} for k in (1, 4)},
+    "composite, local": LOCAL,
+    **{f"local, temperature {tau}": {**LOCAL, "mask_temperature": tau} for tau in (0.5, 1.0)},
 }
-"""What the masks' defaults are chosen from."""
+"""The masks' other fields, away from the defaults."""
 
 TEXT: dict[str, Config] = {
     "merge at 0.6": {**MERGE, "weights": 0.6},
