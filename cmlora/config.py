@@ -56,8 +56,8 @@ class CMLoRAConfig:
             None: 0.6 for routed, 0.25 for local.
         mask_blur: side of the box mean over places that masks are made of, odd; 1: none.
         mask_text: share of every adapter's update that `routed` takes where there are no places: in the keys and values
-            of the prompt, text tokens, the embedding of the time step. 1: whole, as a merge; half is better for three
-            or more (csrc_docs/places.md).
+            of the prompt, text tokens, the embedding of the time step. 1: whole, as a merge; 0.5 showed more of the
+            LoRAs where it was measured (csrc_docs/places.md).
         shared: adapters that act in every prediction, the base model's too, everywhere (LCM, Lightning, quality LoRAs):
             they take no part in dominance, masks or means.
         regions: {adapter: mask}: a mask of one's own, a tensor, array or picture of any size in 0..1. `routed` takes it
