@@ -19,7 +19,7 @@ def quality(
     ),
     preset: Annotated[
         str,
-        typer.Option(help="Methods, published, partitions, frontier, search, masks, text or trouble."),
+        typer.Option(help="Methods, published, partitions, frontier, search, masks, text, styles or trouble."),
     ] = "methods",
     setting: Annotated[
         list[str] | None, typer.Option(help="NAME:field=value,... of CMLoRAConfig; repeat; instead of the preset.")

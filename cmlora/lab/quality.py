@@ -175,7 +175,7 @@ class Evaluator:
         """Pictures uint8 [n, 64, 64, 3] with these LoRAs together, and the GFLOP of the UNet for all of them."""
         swap = config.get("swap", "")
         names = [adapter_name(swap if TROUBLE.get(swap) == name else name) for name in loras]
-        self.pipe.set_adapters(names, [config.get("weights", 1.0)] * len(names))
+        self.pipe.set_adapters(names, [weight_of(name, config) for name in loras])
         kind = config.get("peft")
         cost = (len(loras), setting, json.dumps(config, sort_keys=True), len(seeds), steps)
         fields = own_fields(config)
@@ -214,6 +214,12 @@ class Evaluator:
         finally:
             self.pipe.unet.forward = original
         return made, total / 1e9
+
+
+def weight_of(lora: str, config: Config) -> float:
+    """A setting's factor on a LoRA: one for all, or by role, where roles that are not named have 1."""
+    weights = config.get("weights", 1.0)
+    return float(weights.get(role_of(lora), 1.0) if isinstance(weights, dict) else weights)
 
 
 def adapter_name(lora: str) -> str:

@@ -2,7 +2,7 @@
 
 A setting is a name and fields of CMLoRAConfig. Ways of composing that are not this library's have fields of their own:
 
-- weights: factor on every LoRA, as people lower theirs when they load several;
+- weights: factor on every LoRA, as people lower theirs when they load several; or a factor by role, 1 if not named;
 - peft: combination_type of PEFT's `add_weighted_adapter`; one adapter of them all, drawn by the plain pipeline;
 - alone: every LoRA in a picture of its own, with the same prompt and noise: the ceiling of what a LoRA can show;
 - swap: one of `cmlora.sprites.TROUBLE`, which stands in for the LoRA of its concept. Only combinations with the
@@ -128,6 +128,27 @@ TEXT: dict[str, Config] = {
 }
 """What `mask_text` and the weights beside it are chosen from."""
 
+STYLES: dict[str, Config] = {
+    BEST: {**HALF_TEXT, "weights": 0.6},
+    **{
+        f"style {style}, background {background}": {
+            **HALF_TEXT,
+            "weights": {**dict.fromkeys(sprites.ROLES, 0.6), "style": style, "background": background},
+        }
+        for style, background in ((0.4, 0.8), (0.8, 0.8))
+    },
+    **{
+        f"style {style}, shared": {
+            **HALF_TEXT,
+            "shared": ["style"],
+            "weights": {**dict.fromkeys(sprites.ROLES, 0.6), "style": style},
+        }
+        for style in (0.4, 0.6)
+    },
+    "composite, local": LOCAL,
+}
+"""Ways for a style to stand beside a background: both want the same places."""
+
 TROUBLE: dict[str, Config] = {
     f"{name}{', ' + swap if swap else ''}": {**config, **({"swap": swap} if swap else {})}
     for name, config in (
@@ -149,6 +170,7 @@ PRESETS = {
     "search": SEARCH,
     "masks": MASKS,
     "text": TEXT,
+    "styles": STYLES,
     "trouble": TROUBLE,
 }
 
@@ -161,11 +183,14 @@ def parse_setting(text: str) -> tuple[str, Config]:
         ConfigError: a field or value that CMLoRAConfig refuses.
     """
     name, _, fields = text.partition(":")
-    pairs = [pair.partition("=") for pair in re.split(r",(?![^(]*\))", fields) if pair]
+    pairs = [pair.partition("=") for pair in re.split(r",(?![^({]*[)}])", fields) if pair]
     if not name or not all(equals for _, equals, _ in pairs):
         raise ValueError(f"a setting must read NAME:field=value,..., got {text!r}")
     config = {key: _literal(value) for key, _, value in pairs}
     CMLoRAConfig.build(None, own_fields(config))
+    weights = config.get("weights")
+    if isinstance(weights, dict) and not weights.keys() <= sprites.ROLES.keys():
+        raise ValueError(f"weights must be of the roles {', '.join(sprites.ROLES)}, got {', '.join(map(str, weights))}")
     if config.get("swap", "rank64") not in sprites.TROUBLE:
         raise ValueError(f"swap must be one of {', '.join(sprites.TROUBLE)}, got {config['swap']!r}")
     return name, config

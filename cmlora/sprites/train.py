@@ -47,8 +47,9 @@ PLAIN = 2
 """Of a batch so many pictures are without the concept and without its word."""
 SCALES = (0.4, 1.2)
 """A LoRA is trained at weights between these, one for every picture."""
-CHARACTER_STEPS = 1600
-"""A character changes more of the picture than the other roles do."""
+LONGER = ("character", "scarf", "neon")
+LONGER_STEPS = 1600
+"""By role or concept: what takes more steps. A character changes more of the picture than most, a scarf is small."""
 EMPTY = {"character": 16, "background": 12, "balloon": 16}
 """By role or concept: every how many-th picture of the concept has an empty caption; of others none has."""
 CONVOLVED = "checker"
@@ -330,7 +331,8 @@ def train_lora(work: Path, name: str, pipe: StableDiffusionPipeline) -> None:
             text = pipe.text_encoder(ids[index]).last_hidden_state
             return noising.loss(unet, z[index], text, generator, early=True)
 
-    steps = TROUBLE_STEPS if name in TROUBLE else CHARACTER_STEPS if role == "character" else LORA.steps
+    longer = role in LONGER or concept in LONGER
+    steps = TROUBLE_STEPS if name in TROUBLE else LONGER_STEPS if longer else LORA.steps
     fit(f"lora_{name}", towers, loss_at, replace(LORA, steps=steps), work)
 
 

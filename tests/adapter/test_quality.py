@@ -107,6 +107,10 @@ def test_a_setting_is_read_and_a_wrong_one_named() -> None:
         settings.parse_setting("mine:method")
     with pytest.raises(ValueError, match="swap must be one of overtrained, rank64, got 'dotkin'"):
         settings.parse_setting("mine:swap=dotkin")
+    _, config = settings.parse_setting("mine:method=merge,weights={'style': 0.4, 'object': 2}")
+    assert [quality.weight_of(name, config) for name in ("neon", "lantern", "scarf")] == [0.4, 2.0, 1.0]
+    with pytest.raises(ValueError, match=r"weights must be of the roles .* got hat"):
+        settings.parse_setting("mine:weights={'hat': 0.4}")
     with pytest.raises(ConfigError, match="combine must be one of"):
         settings.parse_setting("mine:combine=sum")
 
