@@ -131,7 +131,8 @@ def lora_alone(pipe: Any, detector: Detector, name: str, path: Path, work: Path,
 
     Returns:
         concept and rest by weight: how often the concept is found, and the share found of all else that the captions
-        name; "without its word": how often the concept is found then. `misses`: which of `BOUNDS` it does not keep.
+        name; "decoded": of that rest, what is found in renders of the captions that the VAE has decoded, the most that
+        a LoRA can keep; "without its word": how often the concept is found then. `misses`: which of `BOUNDS` it does not keep.
     """
     concept = TROUBLE.get(name, name)
     scenes = unseen(count).with_concept(concept)
@@ -140,6 +141,7 @@ def lora_alone(pipe: Any, detector: Detector, name: str, path: Path, work: Path,
     rest[:, own] = False
     pipe.load_lora_weights(path, adapter_name=name)
     result: dict[str, Any] = {"concept": {}, "rest": {}}
+    result["decoded"] = rest_of_renders(pipe, detector, name, count)
     for weight in LORA_WEIGHTS:
         captions = draw.captions(scenes)
         pictures, found = _with_lora(pipe, detector, name, weight, captions)
@@ -153,6 +155,16 @@ def lora_alone(pipe: Any, detector: Detector, name: str, path: Path, work: Path,
     result["misses"] = [f"{what} at {weight}" for what, weight, least in BOUNDS if result[what][weight] < least]
     result["misses"] += ["without its word"] if result["without its word"] > MOST_WITHOUT else []
     return result
+
+
+def rest_of_renders(pipe: Any, detector: Detector, name: str, count: int) -> float:
+    """Share found of all that captions name beside a LoRA's concept, in their renders through the VAE."""
+    concept = TROUBLE.get(name, name)
+    scenes = unseen(count).with_concept(concept)
+    rest = draw.labels(scenes) > 0.5
+    rest[:, draw.LABELS.index(concept)] = False
+    decoded = through_vae(pipe.vae, draw.render(scenes))
+    return _share((probabilities(detector, decoded) > 0.5)[rest])
 
 
 def _with_lora(pipe: Any, detector: Detector, name: str, weight: float, captions: list[str]) -> tuple[Pixels, Any]:
@@ -229,8 +241,8 @@ def markdown(result: dict[str, Any]) -> str:
         ),
         "",
         f"| LoRA alone, {result['captions']} captions | {' | '.join(f'concept at {w}' for w in LORA_WEIGHTS)} "
-        "| rest at 1.0 | rest at 1.3 | without its word | bounds missed |",
-        "|---|" + "---|" * (len(LORA_WEIGHTS) + 4),
+        "| rest at 1.0 | rest at 1.3 | rest, decoded renders | without its word | bounds missed |",
+        "|---|" + "---|" * (len(LORA_WEIGHTS) + 5),
         *(_lora_row(name, row) for name, row in result["lora"].items()),
     ]
     return "\n".join(lines)
@@ -238,7 +250,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _lora_row(name: str, row: dict[str, Any]) -> str:
     concept = " | ".join(f"{row['concept'][str(weight)]:.2f}" for weight in LORA_WEIGHTS)
-    rest = f"{row['rest']['1.0']:.2f} | {row['rest']['1.3']:.2f}"
+    rest = f"{row['rest']['1.0']:.2f} | {row['rest']['1.3']:.2f} | {row['decoded']:.2f}"
     label = f"{name} ({TROUBLE[name]}; makes trouble on purpose)" if name in TROUBLE else name
     return f"| {label} | {concept} | {rest} | {row['without its word']:.2f} | {', '.join(row['misses'])} |"
 
