@@ -132,7 +132,8 @@ def lora_alone(pipe: Any, detector: Detector, name: str, path: Path, work: Path,
     Returns:
         concept and rest by weight: how often the concept is found, and the share found of all else that the captions
         name; "decoded": of that rest, what is found in renders of the captions that the VAE has decoded, the most that
-        a LoRA can keep; "without its word": how often the concept is found then. `misses`: which of `BOUNDS` it does not keep.
+        a LoRA can keep; "without its word": how often the concept is found then. `misses`: which of `BOUNDS` it does
+        not keep.
     """
     concept = TROUBLE.get(name, name)
     scenes = unseen(count).with_concept(concept)
