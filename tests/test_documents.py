@@ -21,6 +21,7 @@ def test_the_quality_tables_are_those_of_the_records() -> None:
         for name in {"published": (settings.BEST,), "methods": settings.COMPARED}.get(preset, ()):
             assert report.gains_table(pictures, name) in text
     assert len(pictures) == len(settings.METHODS) * 80 * 2
+    assert report.concepts_table(pictures) in text
     shown = [row for row in table.splitlines() if row in (ROOT / "README.md").read_text()]
     assert len(shown) == 8
 

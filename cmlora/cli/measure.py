@@ -58,6 +58,7 @@ def quality(
     ]
     plot_quality(report.scores_by_size(pictures), out / "quality.png")
     plot_frontier(report.scores_over_sizes(pictures), out / "frontier.png")
+    parts += ["", "How often each concept is found:", "", report.concepts_table(pictures)]
     parts += ["", "Against cost:", "", report.cost_table(pictures)]
     for ours in (name for name in COMPARED if name in chosen):
         parts += ["", "Differences on the same combination and noise:", "", report.gains_table(pictures, ours)]

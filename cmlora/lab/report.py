@@ -12,6 +12,7 @@ from PIL import Image
 from cmlora.lab.markdown import header, row
 from cmlora.lab.pictures import labelled_grid
 from cmlora.lab.quality import Picture, picture_name
+from cmlora.sprites import draw, role_of
 from cmlora.sprites.measure import sheet
 
 RESAMPLES = 2000
@@ -115,6 +116,24 @@ def gain(
         if name == setting and (reference, loras, seed) in scores
     ]
     return mean_with_interval([a - b for a, b in pairs]) if pairs else None
+
+
+def concepts_table(pictures: Sequence[Picture]) -> str:
+    """Markdown: per setting the share of pictures in which each LoRA's concept is found; backgrounds by their company.
+
+    A style wants the places of a background, so that one stands for how two LoRAs share a place.
+    """
+    names = [name for name in draw.CONCEPTS if any(name in p.loras for p in pictures)]
+    styled = {"backgrounds without a style": False, "backgrounds with one": True}
+    lines = list(header("setting", *names, *styled))
+    for setting in settings_of(pictures):
+        chosen = [p for p in pictures if p.setting == setting]
+        found = {name: [p.concepts[name] > 0.5 for p in chosen if name in p.loras] for name in names}
+        for column, wanted in styled.items():
+            of = [p for p in chosen if wanted == any(role_of(name) == "style" for name in p.loras)]
+            found[column] = [p.concepts[n] > 0.5 for p in of for n in p.loras if role_of(n) == "background"]
+        lines.append(row(setting, *(f"{np.mean(values):.2f}" if values else "" for values in found.values())))
+    return "\n".join(lines)
 
 
 def table(pictures: Sequence[Picture], ceiling: str = "each alone") -> str:
