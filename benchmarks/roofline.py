@@ -25,7 +25,8 @@ from cmlora.lab.bench.roofline_tables import (
 )
 from cmlora.lab.bench.steps import METHODS, MODELS
 
-BRIEF = ("plain", "loop", "cmlora", "routed", "merge")
+TIMED = ("plain", "loop", "cmlora", "routed", "merge")
+"""For every number of adapters; the others for the one whose parts are shown."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.brief:
         print(*assumptions_table(given, gpus), sep="\n")
     for model in args.model:
-        traces = trace_all(model, args.adapters, BRIEF if args.brief else METHODS)
+        wanted = ((m, n) for n in args.adapters for m in METHODS if m in TIMED or (n == shown and not args.brief))
+        traces = trace_all(model, wanted)
         found = predict_all(model, traces, gpus, given)
         everything += found
         tables = [times_table(model, found)]

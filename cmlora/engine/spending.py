@@ -43,12 +43,12 @@ def waits_for_host(traced: Traced, target: str, dtype: torch.dtype) -> bool:
     return traced.launches * HOST_SECONDS > 0.5 * device
 
 
-def free_bytes(device: torch.device) -> int:
-    """What a CUDA device has left for this process, torch's own reserve in it; the driver is asked, nothing waits."""
+def free_bytes(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device: what the driver has left, and what torch holds in reserve; nothing waits for the device."""
     if device.type != "cuda":
-        return 0
+        return 0, 0
     free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free, torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 class Spending:
@@ -168,7 +168,7 @@ class Spending:
             return False
         if self.device.type != "cpu":
             own = self.merging.bytes if self.merging.on else 0
-            return self.merging.alone and self.merging.bytes <= (free_bytes(self.device) + own) // 2
+            return self.merging.alone and self.merging.bytes <= (sum(free_bytes(self.device)) + own) // 2
         if any(weight.dtype != torch.float32 for _, weight, _ in self.merging.layers):
             return False  # not measured
         return self.merging.bytes <= self._module_bytes
@@ -225,9 +225,10 @@ class Spending:
         if self.config.memory_budget is not None and wanted > self.config.memory_budget:
             return False
         _, traced = self._peaks[lane.footprint.key, strategy]
-        return traced.peak < free_bytes(self.device) and waits_for_host(
-            traced, arch_of(self.device), lane.footprint.inputs.sample.dtype
-        )
+        free, reserve = free_bytes(self.device)
+        # the pool takes nothing from torch's reserve, the first occurrence of a step does
+        fits = traced.peak + max(0, traced.peak - reserve) < free
+        return fits and waits_for_host(traced, arch_of(self.device), lane.footprint.inputs.sample.dtype)
 
     def layer_strategies(self) -> dict[str, int]:
         """How many of the linear layers that carry adapters ran with which strategy of the kernels' cost model."""

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cmlora
+from cmlora.engine import spending
 from cmlora.engine.footprint import Traced
 from cmlora.engine.graphs import CudaCapture
 from cmlora.engine.spending import waits_for_host
@@ -234,6 +235,32 @@ def test_auto_captures_where_it_is_worth_it_and_gives_up_with_one_warning(monkey
         got = noises(pipe, steps=6)
     assert len([w for w in warned if "eagerly" in str(w.message)]) == 1
     assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize(
+    ("steps", "reserve", "waits", "worth"),
+    [
+        (2.1, 0.0, True, True),
+        (1.9, 0.0, True, False),
+        (1.1, 1.0, True, True),
+        (0.9, 9.0, True, False),
+        (9.0, 9.0, False, False),
+    ],
+    ids=["fits", "too little", "a step in reserve", "no pool from the reserve", "waits for the device"],
+)
+def test_auto_captures_where_a_pool_of_one_more_step_fits(steps, reserve, waits, worth, monkeypatch):
+    """Memory in steps, as the driver and torch would tell it of a GPU."""
+    pipe = accelerated(cuda_graphs="auto", partition="offline", cache_interval=2)
+    noises(pipe, steps=2)
+    denoiser = pipe.unet.forward.cmlora.denoiser
+    held, run = denoiser.spending, denoiser.last_run
+    held.predicted_peak(run)
+    peak = held._peaks[run.lanes[0].footprint.key, run.strategy][1].peak
+    monkeypatch.setattr(type(held), "device", torch.device("cuda"))
+    monkeypatch.setattr(spending, "free_bytes", lambda _: (int(steps * peak), int(reserve * peak)))
+    monkeypatch.setattr(spending, "arch_of", lambda _: "sm_90")
+    monkeypatch.setattr(spending, "waits_for_host", lambda *_: waits)
+    assert held._worth_capturing(run, run.lanes[0]) == worth
 
 
 def test_what_waits_for_the_host_is_told_from_counts():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -106,6 +106,15 @@ class Trace(TorchDispatchMode):
     def ops(self, arch: str) -> list[Op]:
         """The kernels in order, as a target such as "sm_90" launches them."""
         return [op for entry in self._seen for op in entry(arch)]
+
+    @property
+    def noted(self) -> list[Callable[[str], Iterator[Op]]]:
+        """What was recorded so far, for `repeat`."""
+        return list(self._seen)
+
+    def repeat(self, noted: Iterable[Callable[[str], Iterator[Op]]]) -> None:
+        """Record the same once more."""
+        self._seen += noted
 
     def add(self, op: Op) -> None:
         """Record a kernel that is the same on every target."""

@@ -7,6 +7,7 @@ that prints the tables: benchmarks/roofline.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -212,14 +213,10 @@ def predict(
 Traces = dict[tuple[str, int], list[Step]]  # (method, adapters) -> its steps
 
 
-def trace_all(model: str, adapters: Iterable[int], methods: Iterable[str]) -> Traces:
-    """The steps of all methods; what launches the same for every number of adapters is traced once."""
-    pipe, traces = MetaPipe(model, MOST_ADAPTERS, RANK), {}
-    once = {method: pipe.steps(method, MOST_ADAPTERS) for method in methods if method in ALIKE}
-    for n in adapters:
-        for method in methods:
-            traces[method, n] = once.get(method) or pipe.steps(method, n)
-    return traces
+def trace_all(model: str, wanted: Iterable[tuple[str, int]]) -> Traces:
+    """The steps of methods with numbers of adapters; what launches the same for every number is traced once."""
+    pipe, once = MetaPipe(model, MOST_ADAPTERS, RANK), functools.cache(MetaPipe.steps)
+    return {(method, n): once(pipe, method, MOST_ADAPTERS if method in ALIKE else n) for method, n in wanted}
 
 
 def predict_all(model: str, traces: Traces, gpus: Iterable[Gpu], given: Assumptions) -> list[Prediction]:

@@ -9,10 +9,9 @@ from cmlora.lab.bench.roofline import RANK, WITHOUT, Assumptions, Gpu, Predictio
 from cmlora.lab.bench.steps import INTERVAL, MODELS, RUN
 from cmlora.lab.markdown import header, row
 
-OURS = ("cmlora", "cmlora, mean", "routed", "merge")
+OURS = ("cmlora", "routed", "merge")
 NAMES = {
     "cmlora": "cmlora, the default",
-    "cmlora, mean": "cmlora, mean",
     "routed": f"routed, of a run of {RUN} steps",
     "merge": "merge, merged weights",
     "plain": "plain pipeline, no LoRA or fused by PEFT",
@@ -38,7 +37,7 @@ def times_table(model: str, found: Sequence[Prediction]) -> Iterator[str]:
 
 def _cell(by: Mapping[tuple[str, int, str], float], method: str, n: int, gpu: str) -> str:
     ms = by[method, n, gpu]
-    if not method.startswith("cmlora"):
+    if method != "cmlora":
         return f"{ms:.1f} ms"
     return f"{ms:.1f} ms, {by['loop', n, gpu] / ms:.1f}x ({by[WITHOUT, n, gpu] / ms:.1f}x)"
 
