@@ -48,7 +48,7 @@ def test_runs_with_merged_weights_read_nothing_back(method):
     with torch.no_grad(), cmlora.accelerated(pipe.pipe, method=method, merge_weights=True), Operations() as seen:
         for _ in range(2):
             list(pipe.run(first=0, last=1))
-        assert pipe.pipe.unet.forward.cmlora.denoiser.spending.merging.on
+        assert merging_of(pipe.pipe).on
     assert not READS & set(seen.seen)
 
 
@@ -69,7 +69,7 @@ def test_one_weight_for_all_rows_is_pefts_own_fused_one():
             assert relative(of[id(layer)].weights, exact) < 1e-7
 
 
-def test_layers_with_one_weight_give_what_pefts_give_and_follow_a_hook():
+def test_layers_with_one_weight_give_what_pefts_give_in_the_launches_of_their_base_and_follow_a_hook():
     unet = unet_with("a", "b")
     running, merging = whole(unet)
     unet.set_adapters(["a", "b"])
@@ -77,8 +77,12 @@ def test_layers_with_one_weight_give_what_pefts_give_and_follow_a_hook():
     for layer in (forward.layer for forward, _, _ in merging.layers):
         x = image(layer, 2)
         want = type(layer).forward(layer, x)
-        with running.these(rows):
-            assert relative(layer(x), want) < EXACT
+        with running.these(rows), Operations() as ours:
+            got = layer(x)
+        with Operations() as plain:
+            layer.get_base_layer()(x)
+        assert relative(got, want) < EXACT
+        assert ours.total == plain.total
     base = layer.get_base_layer()
     handle = base.register_forward_hook(lambda _, __, out: 2 * out)
     with running.these(rows):
@@ -151,8 +155,9 @@ def test_a_merge_with_merged_weights_draws_what_the_plain_pipeline_draws_and_lea
     want = call(pipe, 3)
     cmlora.accelerate(pipe, method="merge", merge_weights=True, cache_interval=1)
     assert relative(call(pipe, 3), want) < EXACT
-    held = pipe.unet.forward.cmlora.denoiser.spending.merging
-    assert {bank.weights.ndim for bank in held.banks} == {2, 4}
+    assert "merged" in cmlora.summary(pipe).strategies
+    assert cmlora.summary(pipe).peak_bytes > sum(bank.weights.nbytes for bank in merging_of(pipe).banks)
+    assert {bank.weights.ndim for bank in merging_of(pipe).banks} == {2, 4}
     pipe.set_adapters(["style"], [0.5])
     got = call(pipe, 3)
     layer = next(module for module in pipe.unet.modules() if "style" in getattr(module, "lora_B", {}))
@@ -163,6 +168,10 @@ def test_a_merge_with_merged_weights_draws_what_the_plain_pipeline_draws_and_lea
     layer.get_base_layer().weight.data.copy_(before[weight_of(pipe.unet, layer)])
     assert relative(got, call(pipe, 3)) < EXACT
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
+
+
+def merging_of(pipe):
+    return pipe.unet.forward.cmlora.denoiser.spending.merging
 
 
 def weight_of(unet, layer):
