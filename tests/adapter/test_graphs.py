@@ -103,6 +103,23 @@ def test_replayed_steps_equal_eager_ones_bit_for_bit(choice):
         assert torch.equal(got, want)
 
 
+def test_replayed_steps_follow_merged_weights_that_come_and_go(monkeypatch):
+    """As on a GPU whose free memory holds them in some runs: the next ones lie elsewhere, and weights are edited."""
+    found = []
+    for graphs in (False, True):
+        pipe = accelerated(cuda_graphs=graphs, method="merge", cache_interval=2)
+        found.append([])
+        for seed, merged in enumerate((True, True, False, True, True)):
+            monkeypatch.setattr(spending.Spending, "may_merge", merged)
+            if seed == 4:
+                layer = next(module for module in pipe.unet.modules() if "style" in getattr(module, "lora_B", {}))
+                layer.lora_B["style"].weight.data.mul_(3)
+            found[-1] += noises(pipe, steps=5, seed=seed)
+    assert pipe.unet.forward.cmlora.denoiser.spending.capture.replayed > 8
+    for got, want in zip(found[1], found[0], strict=True):
+        assert torch.equal(got, want)
+
+
 def test_one_graph_per_kind_of_step_serves_all_runs_of_a_shape():
     pipe = accelerated(cuda_graphs=True, partition="offline", cache_interval=2)
     denoiser = pipe.unet.forward.cmlora.denoiser
