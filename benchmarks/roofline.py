@@ -1,6 +1,6 @@
 """Predicted milliseconds per denoising step on GPUs; nothing is measured.
 
-    python benchmarks/roofline.py [--model sd15|sdxl] [--adapters 1 2 ...] [--gpus H100 ...] [--out DIR]
+    python benchmarks/roofline.py [--model sd15|sdxl] [--adapters 2 3 ...] [--brief] [--gpus H100 ...] [--out DIR]
 
 Prints the assumptions and the tables; --out writes every figure as JSON and a plot per model (matplotlib, the `plots`
 extra). The model: cmlora/lab/bench/roofline.py, and what it leaves out: csrc_docs/roofline.md.
@@ -19,33 +19,38 @@ from cmlora.lab.bench.roofline_tables import (
     assumptions_table,
     counts_table,
     parts_table,
-    ratio_table,
     sensitivity_table,
+    times_table,
     title,
 )
-from cmlora.lab.bench.steps import MODELS
+from cmlora.lab.bench.steps import METHODS, MODELS
+
+TIMED = ("plain", "loop", "cmlora", "routed", "merge")
+"""For every number of adapters; the others for the one whose parts are shown."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Predicted ms per denoising step on GPUs.")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--adapters", nargs="+", type=int, choices=range(1, MOST_ADAPTERS + 1), metavar="N")
+    parser.add_argument(
+        "--adapters", nargs="+", type=int, choices=range(2, MOST_ADAPTERS + 1), metavar="N", default=[2, 3, 5, 8]
+    )
     parser.add_argument("--gpus", nargs="+", choices=GPUS, default=list(GPUS))
-    parser.add_argument("--brief", action="store_true", help="the table of ratios alone")
+    parser.add_argument("--brief", action="store_true", help="the table of times alone")
     parser.add_argument("--out", type=Path, help="folder for roofline.json and a plot per model")
     args = parser.parse_args(arguments)
     given, gpus = Assumptions(), [GPUS[name] for name in args.gpus]
-    adapters = args.adapters or range(1, MOST_ADAPTERS + 1)
-    shown = 5 if 5 in adapters else adapters[-1]
+    shown = 5 if 5 in args.adapters else args.adapters[-1]
     everything: list[Prediction] = []
     if not args.brief:
         print(*assumptions_table(given, gpus), sep="\n")
     for model in args.model:
-        traces = trace_all(model, adapters, ("loop", "ours") if args.brief else ("plain", "merge", "loop", "ours"))
+        wanted = ((m, n) for n in args.adapters for m in METHODS if m in TIMED or (n == shown and not args.brief))
+        traces = trace_all(model, wanted)
         found = predict_all(model, traces, gpus, given)
         everything += found
-        tables = [ratio_table(model, found)]
+        tables = [times_table(model, found)]
         if not args.brief:
             gpu = GPUS["H100"] if "H100" in args.gpus else gpus[0]
             tables += [counts_table(model, found, gpu, shown), parts_table(model, found, shown)]

@@ -79,8 +79,10 @@ class CMLoRAConfig:
             predictions; fewer than the pipeline's own batch has are an error of the call.
         memory_budget: bytes that adapters, caches and activations may take together, beside the pipeline's weights;
             what fits is chosen when a run begins (csrc_docs/engine.md). None: as fast as can be.
-        merge_weights: whether linear layers keep W + s B A of every adapter: no low-rank work in a step.
-            None: on the CPU in float32, where they take no more memory than the UNet and the budget allows it.
+        merge_weights: whether layers keep W + s B A: no low-rank work in a step. One weight for all rows with "merge",
+            of convolutions too; else one of every adapter, of linear layers. None: on CUDA with "merge", where half of
+            the free memory holds them; on the CPU in float32, where they take no more memory than the UNet; and where
+            the budget allows it.
         winograd: whether wide 3x3 convolutions in float32 keep their weights transformed and do F(2x2, 3x3): less than
             half of the multiplications, 16/9 of the memory once more. None: on the CPU, where these and merged weights
             together take at most twice the UNet's memory and the budget allows it.

@@ -4,7 +4,7 @@ from cmlora_kernels.combine_noise import combine_noise
 from cmlora_kernels.combine_places import combine_local, combine_regions
 from cmlora_kernels.dominant import dominant_from_latents
 from cmlora_kernels.feature_bank import concat_channels, scatter_rows
-from cmlora_kernels.merged_bank import merge_weights, merged_linear
+from cmlora_kernels.merged_bank import merge_weights, merged_linear, merged_weight
 from cmlora_kernels.modulated_norm import modulated_norm
 from cmlora_kernels.multi_lora import multi_lora_add_, multi_lora_linear
 from cmlora_kernels.multi_lora_conv2d import multi_lora_conv2d, multi_lora_conv2d_add_
@@ -21,6 +21,7 @@ __all__ = [
     "high_frequency_share",
     "merge_weights",
     "merged_linear",
+    "merged_weight",
     "modulated_norm",
     "multi_lora_add_",
     "multi_lora_conv2d",

@@ -115,18 +115,28 @@ def merged_launch(problem: Problem, arch: str, strides: tuple[int, ...] = ()) ->
     )
 
 
+def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scales: Tensor) -> Tensor:
+    """W + s B A of one slot: summed in float32 and rounded once, to weight's dtype.
+
+    Args:
+        weight: [out, in] or a convolution's [out, in, kh, kw].
+        a: [parts * rank, in] or [rank, in, kh, kw]; b: [out, rank]; scales: [parts].
+    """
+    (out, rank), parts = b.shape, scales.shape[0]
+    up = b.float().view(parts, out // parts, rank) * scales[:, None, None]
+    update = torch.bmm(up, a.float().reshape(parts, rank, -1)).view_as(weight)
+    return (weight.float() + update).to(weight.dtype)
+
+
 def merge_weights(weight: Tensor, a: Tensor, b: Tensor, scales: Tensor) -> Tensor:
-    """The bank [slots + 1, out, in] in weight's dtype: W + s B A per slot, summed in float32, and W itself last.
+    """The bank [slots + 1, out, in] in weight's dtype: `merged_weight` of every slot, and W itself last.
 
     Args:
         weight: [out, in]; a: [slots, parts * rank, in]; b: [slots, out, rank]; scales: [slots, parts].
     """
-    adapters, (out, rank), parts = a.shape[0], b.shape[1:], scales.shape[1]
-    bank = weight.new_empty((adapters + 1, out, weight.shape[1]))
-    for slot in range(adapters):
-        up = b[slot].float().view(parts, out // parts, rank) * scales[slot, :, None, None]
-        update = torch.bmm(up, a[slot].float().view(parts, rank, -1)).view_as(weight)
-        bank[slot] = weight.float() + update
+    bank = weight.new_empty((a.shape[0] + 1, *weight.shape))
+    for slot, parts in enumerate(zip(a, b, scales, strict=True)):
+        bank[slot] = merged_weight(weight, *parts)
     bank[-1] = weight
     return bank
 

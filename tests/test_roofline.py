@@ -1,5 +1,6 @@
 """The prediction for GPUs: counts against torch's own, times against sums by hand, tables against the documents."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmlora.lab.bench.counting import Op, Trace
+from cmlora.lab.bench.loop import CachedLoop
 from cmlora.lab.bench.roofline import (
     GPUS,
     Assumptions,
@@ -15,13 +17,14 @@ from cmlora.lab.bench.roofline import (
     step_time,
     trace_all,
 )
-from cmlora.lab.bench.roofline_tables import assumptions_table, ratio_table
-from cmlora.lab.bench.steps import MetaPipe
+from cmlora.lab.bench.roofline_tables import assumptions_table, times_table
+from cmlora.lab.bench.steps import INTERVAL, RUN, MetaPipe
 from cmlora_kernels import multi_lora_linear
+from cmlora_kernels.chips import data_sheet, split
 
 ROOT = Path(__file__).resolve().parents[1]
-SIMPLE = Gpu("simple", "sm_90", half_flops=100e12, bandwidth=1e12, source="round numbers")
-GIVEN = Assumptions(host_us=10, kernel_us=3, library_share=0.5, triton_share=0.8, attention_share=0.25)
+SIMPLE = Gpu("simple", "sm_90", half_flops=100e12, bandwidth=1e12, source="round numbers", best=0.8)
+GIVEN = Assumptions(host_us=10, kernel_us=3, size_share=0.625, triton_share=0.8, attention_share=0.25)
 
 
 def meta(*shape, dtype=torch.float16):
@@ -44,6 +47,40 @@ def test_a_kernel_takes_as_long_as_the_slowest_of_its_bounds(op, part, milliseco
     time = step_time([op], SIMPLE, GIVEN)
     assert getattr(time, part) == pytest.approx(milliseconds * 1e-3)
     assert time.device == getattr(time, part)
+
+
+def test_a_gpus_library_is_as_fast_as_was_measured_on_it():
+    """Half of the share that a GPU's best GEMM reaches of its peak is twice the time."""
+    op = Op("gemm", 1000, work=int(50e9), unit="library")
+    slow = replace(SIMPLE, best=SIMPLE.best / 2)
+    assert step_time([op], slow, GIVEN).device == pytest.approx(2 * step_time([op], SIMPLE, GIVEN).device)
+    for gpu in GPUS.values():
+        known = data_sheet(*split(gpu.arch))
+        assert known.half_share == Assumptions().size_share * gpu.best
+    assert len({gpu.best for gpu in GPUS.values()}) > 3
+
+
+def test_the_loop_launches_what_it_does_pass_by_pass():
+    pipe = MetaPipe("sd15", 3)
+    noted = pipe.steps("loop", 3)
+    with torch.no_grad(), CachedLoop(pipe.pipe.unet, pipe.names(3), interval=INTERVAL, dominance=2.5):
+        passes = list(pipe.run(first=1, last=INTERVAL))
+    for short, whole in zip(noted, passes, strict=True):
+        assert short.trace.ops("sm_90") == whole.trace.ops("sm_90")
+        assert short.set_adapters == whole.set_adapters == 3
+
+
+def test_the_default_has_the_base_models_row_and_a_merge_none_of_low_rank():
+    """Rows of the widest layer: N + 1 predictions of two halves by default, N with the papers' mean, one of a merge."""
+    pipe = MetaPipe("sd15", 3)
+    widest = {
+        method: max(op.problem.rows for step in pipe.steps(method, 3) for op in step.trace.ops("sm_90") if op.problem)
+        for method in ("cmlora", "cmlora, mean")
+    }
+    assert widest == {"cmlora": 8, "cmlora, mean": 6}
+    routed = pipe.steps("routed", 3)
+    assert sum(step.times for step in routed) == RUN
+    assert [step.times for step in routed] == [1, 1, 12, 11], "two steps find masks"
 
 
 def test_a_step_takes_as_long_as_the_slower_of_device_and_host():
@@ -98,11 +135,13 @@ def test_flops_of_our_linear_are_those_of_its_formula(tokens, inner, outer, part
 
 def test_the_documents_show_what_the_command_prints():
     given = Assumptions()
-    found = predict_all("sd15", trace_all("sd15", [2], ("loop", "ours")), GPUS.values(), given)
+    wanted = [(method, 2) for method in ("plain", "loop", "cmlora", "routed", "merge")]
+    found = predict_all("sd15", trace_all("sd15", wanted), GPUS.values(), given)
     page = (ROOT / "csrc_docs" / "roofline.md").read_text()
-    for line in (*ratio_table("sd15", found), *assumptions_table(given, GPUS.values())):
+    for line in (*times_table("sd15", found), *assumptions_table(given, GPUS.values())):
         assert line in page
-    brief = [p for p in found if p.gpu in ("RTX 4090", "L4", "A100 SXM", "H100 SXM", "MI300X")]
+    named = ("RTX 4090", "L4", "A100 SXM", "H100 SXM", "MI300X")
+    brief = [p for p in found if p.gpu in named]
     readme = (ROOT / "README.md").read_text()
-    for line in ratio_table("sd15", brief):
+    for line in times_table("sd15", brief):
         assert line in readme

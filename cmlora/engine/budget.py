@@ -16,7 +16,7 @@ class Strategy:
         at_once: predictions that run together.
         stack: whether q, k and v of a self-attention are copied one below the other, to be one launch.
         keep_prompt: whether keys and values of the prompt are kept for the run, or made anew in every step.
-        merge: whether linear layers have a merged weight per adapter instead of a low-rank update (on the CPU).
+        merge: whether layers have merged weights instead of a low-rank update (`Spending.may_merge`).
         transform: whether wide 3x3 convolutions keep their weights transformed (on the CPU).
     """
 

@@ -7,7 +7,7 @@ the peak that follows.
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from cmlora.errors import RunError
 from cmlora.lora.bank import AdapterBank, build_bank, fill_bank
 from cmlora.lora.layers import install, uninstall
 from cmlora.lora.merged import Merging
-from cmlora.lora.stacked import fill_stacked, problems
+from cmlora.lora.stacked import StackedProjection, fill_stacked, problems
 from cmlora.lora.winograd import Transforming
 from cmlora.models.family import Batched
 from cmlora_kernels.cards import chip
@@ -43,6 +43,14 @@ def waits_for_host(traced: Traced, target: str, dtype: torch.dtype) -> bool:
     return traced.launches * HOST_SECONDS > 0.5 * device
 
 
+def free_bytes(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device: what the driver has left, and what torch holds in reserve; nothing waits for the device."""
+    if device.type != "cuda":
+        return 0, 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return free, torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 class Spending:
     """Holds what was spent, from `open` to `close`.
 
@@ -56,7 +64,7 @@ class Spending:
         self.module: nn.Module = batched.module
         self.running: Running = batched.running
         self.bank = AdapterBank((), (), (), ())
-        self.merging, self.transforming = Merging(self.module, {}), Transforming(self.module)
+        self.merging, self.transforming = self._merging({}), Transforming(self.module)
         self.is_open = False
         self.capture: Capture = CudaCapture()
         self.captured: dict[int, tuple[object, Captured]] = {}  # by lane: what it rests on, and it
@@ -80,7 +88,7 @@ class Spending:
         self._module_bytes = sum(int(p.nbytes) for p in self.module.parameters())
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.merging, self.transforming = Merging(self.module, {}), Transforming(self.module)
+        self.merging, self.transforming = self._merging({}), Transforming(self.module)
         install(bank, self.running, self.config.backend, self.batched.placeless())
         self._stack(self.config.memory_budget is None)  # with a budget, a run's strategy says
 
@@ -125,7 +133,9 @@ class Spending:
             )
             self._stack(strategy.stack)
             self.batched.keep_prompt = strategy.keep_prompt
-        self.merging.switch(strategy.merge)
+        if strategy.merge != self.merging.on:
+            self.captured.clear()  # they read weights that come or go
+            self.merging.switch(strategy.merge)
         self.transforming.switch(strategy.transform)
         return strategy
 
@@ -135,20 +145,32 @@ class Spending:
             self.merging.switch(False)
             stacked = self.batched.stack() if wanted else {}
             fill_stacked(stacked.values())
-            self.batched.stacked, self.merging = stacked, Merging(self.module, stacked)
+            self.batched.stacked, self.merging = stacked, self._merging(stacked)
             self.captured.clear()
+
+    def _merging(self, stacked: Mapping[nn.Module, StackedProjection]) -> Merging:
+        """A merge needs one weight per layer; on the CPU convolutions are Winograd's business unless asked for."""
+        convolutions = self.device.type != "cpu" or bool(self.config.merge_weights)
+        return Merging(self.module, stacked, alone=self.config.method == "merge", convolutions=convolutions)
 
     @property
     def may_merge(self) -> bool:
-        """On the CPU low-rank updates cost many small operations; merged weights none, up to the module's own size."""
+        """Whether merged weights are an option: where they save time, and memory is there for them.
+
+        On the CPU low-rank updates cost many small operations, merged weights none, up to the module's own size. On a
+        GPU a weight that all rows share is the library's GEMM, as the plain pipeline's; one per row was not measured.
+        """
         if self.config.method == "routed":
             return False  # its adapters have a weight per token
         if self.config.merge_weights is not None:
             return self.config.merge_weights
-        if self.device.type != "cpu" or self.config.backend == "triton":
+        if self.config.backend == "triton":
             return False
+        if self.device.type != "cpu":
+            own = self.merging.bytes if self.merging.on else 0
+            return self.merging.alone and self.merging.bytes <= (sum(free_bytes(self.device)) + own) // 2
         if any(weight.dtype != torch.float32 for _, weight, _ in self.merging.layers):
-            return False  # rounded to W's few bits, W + s B A loses much of what the adapter adds
+            return False  # not measured
         return self.merging.bytes <= self._module_bytes
 
     @property
@@ -203,8 +225,10 @@ class Spending:
         if self.config.memory_budget is not None and wanted > self.config.memory_budget:
             return False
         _, traced = self._peaks[lane.footprint.key, strategy]
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return traced.peak < free and waits_for_host(traced, arch_of(self.device), lane.footprint.inputs.sample.dtype)
+        free, reserve = free_bytes(self.device)
+        # the pool takes nothing from torch's reserve, the first occurrence of a step does
+        fits = traced.peak + max(0, traced.peak - reserve) < free
+        return fits and waits_for_host(traced, arch_of(self.device), lane.footprint.inputs.sample.dtype)
 
     def layer_strategies(self) -> dict[str, int]:
         """How many of the linear layers that carry adapters ran with which strategy of the kernels' cost model."""

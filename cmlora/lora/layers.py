@@ -21,6 +21,7 @@ from cmlora.lora.bank import AdapterBank, LayerBank, outline, tuner_layers
 from cmlora.lora.plain import computes_plainly, hooked, unhooked
 from cmlora.lora.winograd import is_transformed
 from cmlora_kernels import merged_linear, multi_lora_add_, multi_lora_conv2d, multi_lora_conv2d_add_, multi_lora_linear
+from cmlora_kernels.cpu_linear import linear
 
 
 class Replaced:
@@ -89,6 +90,7 @@ class MultiLora(Replaced):
         self.backend: Any = backend
         self.placeless = False  # whether its tokens are never places of the image: the prompt's keys and values
         self.merged: Tensor | None = None  # a weight per adapter, where `merged.Merging` is on
+        self.whole: Tensor | None = None  # or the one that all rows have
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.in_force:
@@ -99,6 +101,10 @@ class MultiLora(Replaced):
         return self.update(x, self.running.slots(x.shape[0]), self.bank)
 
     def update(self, x: Tensor, slots: Tensor, bank: LayerBank) -> Tensor:
+        raise NotImplementedError
+
+    def plain(self, bank: LayerBank) -> bool:
+        """Whether the layer may be computed from its weights without calling it; asked in every call."""
         raise NotImplementedError
 
     def called(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
@@ -120,6 +126,8 @@ class MultiLoraLinear(MultiLora):
         tokens = cast if x.ndim == 3 else cast.reshape(x.shape[0], -1, x.shape[-1])
         self.seen = (tokens.shape[0], tokens.shape[1])
         weights = self.running.weights(*self.seen, placeless=self.placeless or x.ndim == 2)
+        if self.whole is not None and weights is None and self.plain(bank):
+            return linear(cast, self.whole, base.bias)
         how: dict[str, Any] = {"backend": self.backend}
         if weights is not None:
             how |= {"token_weights": weights, "groups": bank.masked}
@@ -154,27 +162,25 @@ class MultiLoraConv2d(MultiLora):
     def update(self, x: Tensor, slots: Tensor, bank: LayerBank) -> Tensor:
         """x [rows, in, height, width] -> [rows, out, height', width']."""
         base = self.base
-        ways = self.ways(bank)
-        plain = computes_plainly(base, nn.Conv2d) and base.weight.dtype == bank.a.dtype
-        if plain and [*ways] == [way_of(base)] and base.kernel_size == tuple(bank.a.shape[3:]):
-            return multi_lora_conv2d(
-                x.to(bank.a.dtype),
-                base.weight,
-                base.bias,
-                slots,
-                bank.a,
-                bank.b,
-                bank.scales,
-                stride=base.stride,
-                padding=base.padding,
-                dilation=base.dilation,
-                **self.how(x.shape[0], _out_size(x, base) if self.running.placing else (0, 0), bank),
-            )
+        if self.plain(bank):
+            x = x.to(bank.a.dtype)
+            how: dict[str, Any] = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
+            if self.whole is not None and not self.running.placing:
+                return F.conv2d(x, self.whole, base.bias, **how)
+            how |= self.how(x.shape[0], _out_size(x, base) if self.running.placing else (0, 0), bank)
+            return multi_lora_conv2d(x, base.weight, base.bias, slots, bank.a, bank.b, bank.scales, **how)
         y, dtype = self.called(x, bank.a.dtype)
+        ways = self.ways(bank)
         for way, members in ways.items():
             b = bank.b if len(ways) == 1 else bank.b * _columns(bank, members)
             self.add_(y, x.to(bank.a.dtype), slots, bank, b, way)
         return y.to(dtype)
+
+    def plain(self, bank: LayerBank) -> bool:
+        """Whether the base is its weight and nothing else, and all adapters move over the image as it does."""
+        base = self.base
+        plain = computes_plainly(base, nn.Conv2d) and base.weight.dtype == bank.a.dtype
+        return plain and [*self.ways(bank)] == [way_of(base)] and base.kernel_size == tuple(bank.a.shape[3:])
 
     def ways(self, bank: LayerBank) -> dict[Way, list[int]]:
         """How the adapters' own convolutions move, and which adapters do so; users set circular padding on all."""

@@ -1,4 +1,4 @@
-"""A weight per adapter, W + s B A, in the place of low-rank work in every step: of all linear layers, or of none."""
+"""W + s B A in the place of low-rank work in every step, per adapter or one for all rows: of all layers, or none."""
 
 from __future__ import annotations
 
@@ -9,58 +9,74 @@ import torch
 from torch import Tensor, nn
 
 from cmlora.lora.bank import LayerBank, outline
-from cmlora.lora.layers import MultiLoraLinear, forward_of
+from cmlora.lora.layers import MultiLora, MultiLoraConv2d, MultiLoraLinear, forward_of
 from cmlora.lora.stacked import StackedProjection
-from cmlora_kernels import merge_weights
+from cmlora_kernels import merge_weights, merged_weight
 
 
 class MergedBank:
-    """W + s B A of every adapter of a layer, and W: a linear layer then picks its weight by slot.
+    """The merged weights of a layer, as its adapters and W are now.
 
     Args:
-        weight: [out, in] of the base layer.
+        weight: [out, in] of the base layer, or a convolution's.
         bank: of its adapters.
+        alone: all rows have the bank's first slot: then its W + s B A is all that is kept, in the shape of `weight`.
+            Else that of every slot and W, [slots + 1, out, in]: a linear layer picks its weight by slot.
     """
 
-    def __init__(self, weight: Tensor, bank: LayerBank) -> None:
-        self.weight, self.bank = weight, bank
+    def __init__(self, weight: Tensor, bank: LayerBank, *, alone: bool = False) -> None:
+        self.weight, self.bank, self.alone = weight, bank, alone
         self._of: list[Tensor] = []  # what they were made of
         with torch.inference_mode(False):  # written to in later runs, which need not be in that mode
-            self.weights = merge_weights(weight.detach(), bank.a, bank.b, bank.scales)
+            self.weights = self._merged()
             self._keep()
+
+    def _merged(self) -> Tensor:
+        a, b, scales = self._adapters()
+        if self.alone:
+            return merged_weight(self.weight.detach(), a[0], b[0], scales[0])
+        return merge_weights(self.weight.detach(), a, b, scales)
+
+    def _adapters(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.bank.a, self.bank.b, self.bank.scales
 
     def renew(self) -> None:
         """Merge again where a value has changed since: `.data` and PEFT's hot swap leave no trace but the values.
 
-        On the CPU they are compared, W with the one that ends the bank; elsewhere that would wait for the device, and
-        merging anew does not.
+        On the CPU they are compared; elsewhere that would wait for the device, and merging anew does not.
         """
-        of = (self.bank.a, self.bank.b, self.bank.scales)
-        if self._of and torch.equal(self.weights[-1], self.weight) and all(map(torch.equal, of, self._of)):
+        now = (self.weight, *self._adapters())
+        if self._of and all(map(torch.equal, now, self._of)):
             return
-        self.weights.copy_(merge_weights(self.weight.detach(), *of))
+        self.weights.copy_(self._merged())  # where they lie, for steps that were captured
         self._keep()
 
     def _keep(self) -> None:
         if self.weight.device.type == "cpu":
-            self._of = [t.clone() for t in (self.bank.a, self.bank.b, self.bank.scales)]
+            base = self.weight.detach().clone() if self.alone else self.weights[-1]
+            self._of = [base, *(t.clone() for t in self._adapters())]
 
     @staticmethod
-    def bytes_of(weight: Tensor, bank: LayerBank) -> int:
+    def bytes_of(weight: Tensor, bank: LayerBank, *, alone: bool = False) -> int:
         """Memory that one takes."""
-        copies = (bank.a, bank.b, bank.scales) if weight.device.type == "cpu" else ()
-        return (bank.a.shape[0] + 1) * weight.nbytes + sum(t.nbytes for t in copies)
+        compared = weight.device.type == "cpu"
+        copies = (bank.a, bank.b, bank.scales) if compared else ()
+        count = 1 + compared if alone else bank.a.shape[0] + 1
+        return count * weight.nbytes + sum(t.nbytes for t in copies)
 
 
-Mergeable = tuple[MultiLoraLinear | StackedProjection, Tensor, LayerBank]
+Mergeable = tuple[MultiLora | StackedProjection, Tensor, LayerBank]
 """A layer whose weights can be merged, its base weight and its adapters."""
 
 
-def mergeable(model: nn.Module, stacked: Mapping[nn.Module, StackedProjection]) -> Iterator[Mergeable]:
+def mergeable(
+    model: nn.Module, stacked: Mapping[nn.Module, StackedProjection], *, convolutions: bool = False
+) -> Iterator[Mergeable]:
     """The linear layers that run in every step, as they run: q, k and v of a self-attention as one where stacked.
 
-    Keys and values of the prompt are not among them: they run once.
+    Keys and values of the prompt are not among them: they run once. `convolutions`: those, too.
     """
+    kinds = (MultiLoraLinear, MultiLoraConv2d) if convolutions else (MultiLoraLinear,)
     for projection in stacked.values():
         yield projection, projection.weight, projection.bank
     passed_by: set[object] = set()
@@ -72,7 +88,7 @@ def mergeable(model: nn.Module, stacked: Mapping[nn.Module, StackedProjection]) 
             passed_by |= set(layers[1:])
         forward = forward_of(module)
         if (
-            isinstance(forward, MultiLoraLinear)
+            isinstance(forward, kinds)
             and forward.bank is not None
             and module not in passed_by
             and forward.plain(forward.bank)
@@ -81,38 +97,47 @@ def mergeable(model: nn.Module, stacked: Mapping[nn.Module, StackedProjection]) 
 
 
 class Merging:
-    """The merged weights of a model's linear layers: all of them there, or none.
+    """The merged weights of a model's layers: all of them there, or none.
 
     Args:
         model: with our forwards on its layers.
         stacked: the copies of q, k and v in force.
+        alone: as for `MergedBank`. convolutions: merged, too; only where `alone`.
     """
 
-    def __init__(self, model: nn.Module, stacked: Mapping[nn.Module, StackedProjection]) -> None:
-        self.model, self.stacked = model, stacked
-        self.banks: list[MergedBank] = []  # of the layers, in their order; none while they are off
-
-    @property
-    def on(self) -> bool:
-        """Whether they are there."""
-        return bool(self.banks)
+    def __init__(
+        self,
+        model: nn.Module,
+        stacked: Mapping[nn.Module, StackedProjection],
+        *,
+        alone: bool = False,
+        convolutions: bool = False,
+    ) -> None:
+        self.model, self.stacked, self.alone, self.convolutions = model, stacked, alone, alone and convolutions
+        self.on = False
+        self.banks: list[MergedBank] = []  # of the layers, in their order
 
     @functools.cached_property
     def layers(self) -> list[Mergeable]:
-        return list(mergeable(self.model, self.stacked))
+        return list(mergeable(self.model, self.stacked, convolutions=self.convolutions))
 
     @property
     def bytes(self) -> int:
         """Memory that they take, or would take."""
-        return sum(MergedBank.bytes_of(weight, bank) for _, weight, bank in self.layers)
+        return sum(MergedBank.bytes_of(weight, bank, alone=self.alone) for _, weight, bank in self.layers)
 
     def switch(self, on: bool) -> None:
         """Make them, or let them go."""
         if on == self.on:
             return
-        self.banks = [MergedBank(weight, bank) for _, weight, bank in self.layers] if on else []
+        self.on = on
+        self.banks = [MergedBank(weight, bank, alone=self.alone) for _, weight, bank in self.layers] if on else []
         for i, (layer, _, _) in enumerate(self.layers):
-            layer.merged = self.banks[i].weights if on else None
+            weights = self.banks[i].weights if on else None
+            if self.alone:
+                layer.whole = weights
+            else:
+                layer.merged = weights
 
     def renew(self) -> None:
         """Make those anew whose weights or adapters have changed."""

@@ -13,6 +13,7 @@ from cmlora.lora.bank import LayerBank, outline
 from cmlora.lora.layers import MultiLoraLinear, forward_of
 from cmlora.lora.plain import computes_plainly, hooked
 from cmlora_kernels import merged_linear, multi_lora_linear
+from cmlora_kernels.cpu_linear import linear
 from cmlora_kernels.tiles import Problem
 
 Copies = list[tuple[Tensor, Tensor]]
@@ -34,7 +35,8 @@ class StackedProjection:
         self.running = running
         self.backend: Any = backend
         self.seen: tuple[int, int] | None = None
-        self.merged: Tensor | None = None  # a weight per adapter, where `merged.Merging` is on
+        self.merged: Tensor | None = None  # as a layer's own
+        self.whole: Tensor | None = None
 
     def holds(self) -> bool:
         """Whether the layers still are what this computes; a hook may have come since."""
@@ -47,9 +49,11 @@ class StackedProjection:
         """x [rows, tokens, in] -> [rows, tokens, 3 * out]."""
         self.seen = (x.shape[0], x.shape[1])
         bank, slots = self.bank, self.running.slots(x.shape[0])
+        weights = self.running.weights(x.shape[0], x.shape[1], placeless=False)
+        if self.whole is not None and weights is None:
+            return linear(x, self.whole, self.bias)
         if self.merged is not None:
             return merged_linear(x, self.merged, self.bias, slots, backend=self.backend)
-        weights = self.running.weights(x.shape[0], x.shape[1], placeless=False)
         return multi_lora_linear(
             x,
             self.weight,

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cmlora
+from cmlora.engine import spending
 from cmlora.engine.footprint import Traced
 from cmlora.engine.graphs import CudaCapture
 from cmlora.engine.spending import waits_for_host
@@ -98,6 +99,26 @@ def test_replayed_steps_equal_eager_ones_bit_for_bit(choice):
             found[-1] += noises(pipe, **how)
     captures = pipe.unet.forward.cmlora.denoiser.spending.capture
     assert captures.replayed > 12
+    for got, want in zip(found[1], found[0], strict=True):
+        assert torch.equal(got, want)
+
+
+def test_replayed_steps_follow_merged_weights_that_come_and_go(monkeypatch):
+    """As on a GPU whose free memory holds them in some runs: the next ones lie elsewhere, and weights are edited."""
+    found = []
+    for graphs in (False, True):
+        pipe = accelerated(cuda_graphs=graphs, method="merge", cache_interval=2)
+        found.append([])
+        for seed, merged in enumerate((True, True, False, True, True)):
+            monkeypatch.setattr(spending.Spending, "may_merge", merged)
+            if seed == 4:
+                layer = next(module for module in pipe.unet.modules() if "style" in getattr(module, "lora_B", {}))
+                layer.lora_B["style"].weight.data.mul_(3)
+            with monkeypatch.context() as context:
+                if not merged:  # eagerly, so that what was captured before would still fit the next run
+                    context.setattr(spending.Spending, "captured_steps", lambda *_: None)
+                found[-1] += noises(pipe, steps=5, seed=seed)
+    assert pipe.unet.forward.cmlora.denoiser.spending.capture.replayed > 8
     for got, want in zip(found[1], found[0], strict=True):
         assert torch.equal(got, want)
 
@@ -234,6 +255,32 @@ def test_auto_captures_where_it_is_worth_it_and_gives_up_with_one_warning(monkey
         got = noises(pipe, steps=6)
     assert len([w for w in warned if "eagerly" in str(w.message)]) == 1
     assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize(
+    ("steps", "reserve", "waits", "worth"),
+    [
+        (2.1, 0.0, True, True),
+        (1.9, 0.0, True, False),
+        (1.1, 1.0, True, True),
+        (0.9, 9.0, True, False),
+        (9.0, 9.0, False, False),
+    ],
+    ids=["fits", "too little", "a step in reserve", "no pool from the reserve", "waits for the device"],
+)
+def test_auto_captures_where_a_pool_of_one_more_step_fits(steps, reserve, waits, worth, monkeypatch):
+    """Memory in steps, as the driver and torch would tell it of a GPU."""
+    pipe = accelerated(cuda_graphs="auto", partition="offline", cache_interval=2)
+    noises(pipe, steps=2)
+    denoiser = pipe.unet.forward.cmlora.denoiser
+    held, run = denoiser.spending, denoiser.last_run
+    held.predicted_peak(run)
+    peak = held._peaks[run.lanes[0].footprint.key, run.strategy][1].peak
+    monkeypatch.setattr(type(held), "device", torch.device("cuda"))
+    monkeypatch.setattr(spending, "free_bytes", lambda _: (int(steps * peak), int(reserve * peak)))
+    monkeypatch.setattr(spending, "arch_of", lambda _: "sm_90")
+    monkeypatch.setattr(spending, "waits_for_host", lambda *_: waits)
+    assert held._worth_capturing(run, run.lanes[0]) == worth
 
 
 def test_what_waits_for_the_host_is_told_from_counts():

@@ -67,6 +67,19 @@ def test_a_cards_file_decides_which_strategy_runs_and_no_tile() -> None:
     assert tiles.linear_tile(p, target) == tile
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89/58/NVIDIA L4", "sm_90", "gfx942"])
+def test_without_a_file_the_choice_is_the_one_that_loses_least_at_worst(target) -> None:
+    """Of two ways the one that at its worst share takes fewer times the other's seconds."""
+    for inner, outer in ((320, 320), (1280, 1280), (5120, 1280), (1280, 10240)):
+        p = Problem(4, 1024, inner, outer, 16, 1, 3, torch.float16, True)
+        ratios = []
+        for share in (0.65, 0.75, 0.85, 1.0):
+            seconds = {cost.strategy: cost.seconds for cost in costs.costs(p, target, share)}
+            ratios.append(seconds["fused"] / seconds["add"])
+        fused, add = max(1.0, *ratios), max(1.0, *(1 / ratio for ratio in ratios))
+        assert costs.choose(p, target).strategy == ("fused" if fused <= add else "add"), (inner, outer)
+
+
 def test_without_a_file_nothing_is_said_and_the_table_serves() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from cmlora_kernels.costs import choose
 from cmlora_kernels.feature_bank import concat_channels_launch, scatter_launch
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.layout import dense_format
+from cmlora_kernels.merged_bank import merged_launch
 from cmlora_kernels.modulated_norm import modulated_launch
 from cmlora_kernels.multi_lora_add import add_launches
 from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
@@ -105,6 +106,15 @@ class Trace(TorchDispatchMode):
     def ops(self, arch: str) -> list[Op]:
         """The kernels in order, as a target such as "sm_90" launches them."""
         return [op for entry in self._seen for op in entry(arch)]
+
+    @property
+    def noted(self) -> list[Callable[[str], Iterator[Op]]]:
+        """What was recorded so far, for `repeat`."""
+        return list(self._seen)
+
+    def repeat(self, noted: Iterable[Callable[[str], Iterator[Op]]]) -> None:
+        """Record the same once more."""
+        self._seen += noted
 
     def add(self, op: Op) -> None:
         """Record a kernel that is the same on every target."""
@@ -215,6 +225,19 @@ def _adds(p: Problem, arch: str, done: int = 0) -> Iterator[Op]:
     for _, launch in add_launches(p, arch)[done:]:
         tile, piece = launch.constexprs, int(launch.scalars["piece"])
         yield _kernel(launch, 2 * math.prod(launch.grid) * tile["BLOCK_M"] * tile["BLOCK_R"] * (p.inner + piece), p)
+
+
+def _merged(x: Tensor, bank: Tensor, bias: Any, slots: Tensor, _: str) -> Any:
+    rows, tokens, inner = x.shape
+    used = min(rows, bank.shape[0] - 1)  # a row reads one weight
+    p = Problem(rows, tokens, inner, bank.shape[1], 0, 1, used, x.dtype, bias is not None)
+
+    def kernels(arch: str) -> Iterator[Op]:
+        launch = merged_launch(p, arch)
+        m, n = (launch.constexprs[f"BLOCK_{axis}"] for axis in "MN")
+        yield _kernel(launch, 2 * math.prod(launch.grid) * m * n * inner)
+
+    return kernels
 
 
 def _add(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, _: str, *weights: Any) -> Any:
@@ -342,6 +365,7 @@ def _dominant(x: Tensor, cutoff: float, gate: float, early: int, late: int, adap
 # op -> its arguments -> target -> its kernels; an op that is missing here is a KeyError, not a wrong count
 KERNELS: dict[str, Callable[..., Callable[[str], Iterator[Op]]]] = {
     "multi_lora_linear": _linear,
+    "merged_linear": _merged,
     "multi_lora_add_": _add,
     "multi_lora_conv2d": _conv,
     "multi_lora_conv2d_add_": _conv_add,

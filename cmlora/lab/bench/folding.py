@@ -144,7 +144,7 @@ def table(model: str, gpu: Gpu) -> Iterator[str]:
     names = ("LoRA on", "step", "what", "times", "launches", "GB", "TFLOP", "predicted ms", "saved, of the step")
     yield from header(*names)
     for title, targets in TARGETS.items():
-        steps = MetaPipe(model, ADAPTERS, RANK, targets).steps("ours", ADAPTERS)
+        steps = MetaPipe(model, ADAPTERS, RANK, targets).steps("cmlora, mean", ADAPTERS)
         reuse, refresh = (step.trace.ops(gpu.arch) for step in steps)
         both, heavy = reuse + refresh, [dearer(op, gpu) for op in reuse + refresh]
         for step, ops in (("reuse", reuse), ("refresh", refresh)):

@@ -7,14 +7,14 @@ that prints the tables: benchmarks/roofline.py.
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from cmlora.lab.bench.counting import Op
-from cmlora.lab.bench.steps import MetaPipe, Step
-from cmlora_kernels.chips import BLAS_SHARE, CARDS, TRITON_SHARE
+from cmlora.lab.bench.steps import ALIKE, MetaPipe, Step
+from cmlora_kernels.chips import BEST_FROM, CARDS, SIZE_SHARE, TRITON_SHARE
 
 RANK, MOST_ADAPTERS = 16, 8
 WITHOUT = "loop, set_adapters free"  # a rival that exists on paper only
@@ -28,6 +28,7 @@ class Gpu:
         name: in tables. arch: the target that our kernels are chosen for, its card named.
         half_flops: fp16 matrix peak per second with fp32 accumulation, dense. bandwidth: bytes per second.
         source: where the two stand.
+        best: of that peak in the library's fastest GEMM, as others measured it. best_source: who.
     """
 
     name: str
@@ -35,12 +36,15 @@ class Gpu:
     half_flops: float
     bandwidth: float
     source: str
+    best: float
+    best_source: str = ""
 
 
 def _listed(name: str, arch: str, card: str, source: str) -> Gpu:
     """A GPU of the table that the kernels' own cost model has, `cmlora_kernels.chips`."""
     found = next(each for each in CARDS[arch] if each.name == card)
-    return Gpu(name, f"{arch}/{found.units}/{card}", found.half_flops, found.bandwidth, source)
+    target = f"{arch}/{found.units}/{card}"
+    return Gpu(name, target, found.half_flops, found.bandwidth, source, found.best, BEST_FROM.get(card, "assumed"))
 
 
 GPUS = {
@@ -86,9 +90,12 @@ class Assumptions:
     set_adapters_sd15_ms: float = _assume(20, "host time of one unet.set_adapters with PEFT, measured on a CPU host")
     set_adapters_sdxl_ms: float = _assume(130, "the same on SDXL")
     kernel_us: float = _assume(3, "least time of a kernel on the device, with the gap to the next one")
-    library_share: float = _assume(BLAS_SHARE, "of the matrix peak in cuBLAS, cuDNN and their like (chips.BLAS_SHARE)")
+    size_share: float = _assume(
+        SIZE_SHARE,
+        "of a GPU's best share of its peak (below) in cuBLAS, cuDNN and the like, at a step's sizes (chips.SIZE_SHARE)",
+    )
     triton_share: float = _assume(
-        TRITON_SHARE, "of library_share in our Triton GEMMs, whole tiles counted (chips.TRITON_SHARE)"
+        TRITON_SHARE, "of the library's speed in our Triton GEMMs, whole tiles counted (chips.TRITON_SHARE)"
     )
     attention_share: float = _assume(
         0.35,
@@ -129,10 +136,11 @@ class Time:
 
 def op_seconds(op: Op, gpu: Gpu, given: Assumptions) -> tuple[str, float]:
     """What bounds a kernel ("compute", "memory" or "small"), and its seconds."""
+    library = given.size_share * gpu.best
     share = {
         "none": 1.0,  # no matrix work
-        "library": given.library_share,
-        "triton": given.library_share * given.triton_share,
+        "library": library,
+        "triton": library * given.triton_share,
         "attention": given.attention_share,
     }[op.unit]
     bounds = {
@@ -177,13 +185,14 @@ class Prediction:
 def predict(
     model: str, method: str, adapters: int, gpu: Gpu, steps: Sequence[Step], given: Assumptions, free: bool = False
 ) -> Prediction:
-    """The average of the steps; `free`: set_adapters takes no time."""
+    """The average of the steps, each as often as it stands for; `free`: set_adapters takes no time."""
     ops = [step.trace.ops(gpu.arch) for step in steps]
     each = 0.0 if free else getattr(given, f"set_adapters_{model}_ms") * 1e-3
     times = [step_time(kernels, gpu, given, step.set_adapters * each) for kernels, step in zip(ops, steps, strict=True)]
 
     def mean(values: Iterable[float], unit: float = 1.0) -> float:
-        return sum(values) / len(steps) / unit
+        weighted = (step.times * value for step, value in zip(steps, values, strict=True))
+        return sum(weighted) / sum(step.times for step in steps) / unit
 
     return Prediction(
         model,
@@ -192,8 +201,8 @@ def predict(
         gpu.name,
         launches=mean(map(len, ops)),
         set_adapters=mean(step.set_adapters for step in steps),
-        gflop=mean((op.flops for op in itertools.chain(*ops)), 1e9),
-        gigabytes=mean((op.bytes for op in itertools.chain(*ops)), 1e9),
+        gflop=mean((sum(op.flops for op in kernels) for kernels in ops), 1e9),
+        gigabytes=mean((sum(op.bytes for op in kernels) for kernels in ops), 1e9),
         **{
             f"{part}_ms": mean((getattr(time, part) for time in times), 1e-3)
             for part in ("compute", "memory", "small", "device", "host", "waiting", "step")
@@ -204,14 +213,10 @@ def predict(
 Traces = dict[tuple[str, int], list[Step]]  # (method, adapters) -> its steps
 
 
-def trace_all(model: str, adapters: Iterable[int], methods: Iterable[str]) -> Traces:
-    """The steps of all methods; the plain pipeline knows no adapters and is traced once."""
-    pipe, traces = MetaPipe(model, MOST_ADAPTERS, RANK), {}
-    plain = pipe.steps("plain", 1) if "plain" in methods else []
-    for n in adapters:
-        for method in methods:
-            traces[method, n] = plain if method == "plain" else pipe.steps(method, n)
-    return traces
+def trace_all(model: str, wanted: Iterable[tuple[str, int]]) -> Traces:
+    """The steps of methods with numbers of adapters; what launches the same for every number is traced once."""
+    pipe, once = MetaPipe(model, MOST_ADAPTERS, RANK), functools.cache(MetaPipe.steps)
+    return {(method, n): once(pipe, method, MOST_ADAPTERS if method in ALIKE else n) for method, n in wanted}
 
 
 def predict_all(model: str, traces: Traces, gpus: Iterable[Gpu], given: Assumptions) -> list[Prediction]:

@@ -15,10 +15,13 @@ from cmlora.lab.bench.roofline import Prediction
 # Okabe and Ito's colours, which most colour-blind readers tell apart
 LINES = {
     "plain": ("#999999", "--", "plain pipeline, no LoRA"),
-    "merge": ("#56B4E9", "-.", "PEFT merge, one pass"),
+    "PEFT merge": ("#56B4E9", "-.", "PEFT merge, one pass"),
     "loop": ("#D55E00", "-", "PEFT loop"),
     "loop, set_adapters free": ("#D55E00", ":", "PEFT loop, set_adapters free"),
-    "ours": ("#0072B2", "-", "ours"),
+    "cmlora": ("#0072B2", "-", "cmlora"),
+    "cmlora, mean": ("#0072B2", "-.", "cmlora, mean"),
+    "routed": ("#009E73", "-", "routed"),
+    "merge": ("#CC79A7", "-", "merge"),
 }
 PARTS = {
     "compute_ms": ("#0072B2", "arithmetic"),
@@ -37,7 +40,7 @@ def plot(title: str, found: Sequence[Prediction], path: Path) -> None:
         figure.suptitle(title)
         rows = (
             ("predicted ms per step (log)", _lines),
-            ("predicted ms per step\nleft bar PEFT loop, right bar ours", _bars),
+            ("predicted ms per step\nleft bar PEFT loop, right bar cmlora", _bars),
         )
         parts: Any = figure.subfigures(2, 1)
         for part, (label, draw) in zip(parts, rows, strict=True):
@@ -64,7 +67,7 @@ def _lines(axes: Any, here: Sequence[Prediction]) -> None:
 
 
 def _bars(axes: Any, here: Sequence[Prediction]) -> None:
-    for method, side in (("loop", -1), ("ours", 1)):
+    for method, side in (("loop", -1), ("cmlora", 1)):
         chosen = [p for p in here if p.method == method]
         bottom = [0.0] * len(chosen)
         for part, (color, label) in PARTS.items():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cmlora.accelerate import accelerated
 from cmlora.lab.bench.counting import Trace
@@ -18,6 +21,7 @@ from cmlora.lab.bench.loop import CachedLoop
 from cmlora.lab.bench.tiny import sd_pipe, sd_unet, sdxl_pipe, sdxl_unet
 
 GUIDANCE, INTERVAL, IMAGES, PROMPT_TOKENS = 7.5, 2, 1, 77
+RUN = 25  # steps of an image, over which the steps that find masks are averaged
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 
@@ -67,10 +71,11 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising step: what it launches, and how often it calls set_adapters."""
+    """One denoising step: what it launches, how often it calls set_adapters, and for how many of a run it stands."""
 
     trace: Trace
     set_adapters: int
+    times: int = 1
 
 
 class MetaPipe:
@@ -101,12 +106,19 @@ class MetaPipe:
     def steps(self, method: str, adapters: int) -> list[Step]:
         """The steps of one cache interval, past the run's first: reuse and refresh; one step where all are alike.
 
+        Of `routed`, whose first steps find the masks, those of a whole run.
+
         Args:
             method: key of METHODS. adapters: how many take part.
         """
         with torch.no_grad(), METHODS[method](self.pipe, self.names(adapters)):
-            alike = method in ("plain", "merge")
-            return list(self._run(first=0, last=0) if alike else self._run(first=1, last=INTERVAL))
+            if method in ("plain", "PEFT merge"):
+                return list(self.run(first=0, last=0))
+            if method != "routed":
+                return list(self.run(first=1, last=INTERVAL))
+            *finding, refresh, reuse = self.run(first=0, last=2 * INTERVAL - 1)
+            rest = RUN - len(finding)
+            return [*finding, replace(refresh, times=-(-rest // INTERVAL)), replace(reuse, times=rest // INTERVAL)]
 
     def first_steps(self, adapters: int, **config: Any) -> list[Step]:
         """The first two cache intervals of a run by us.
@@ -116,9 +128,10 @@ class MetaPipe:
         """
         self.pipe.unet.set_adapters(self.names(adapters))
         with torch.no_grad(), accelerated(self.pipe, **config):
-            return list(self._run(first=0, last=2 * INTERVAL - 1))
+            return list(self.run(first=0, last=2 * INTERVAL - 1))
 
-    def _run(self, first: int, last: int) -> Iterator[Step]:
+    def run(self, first: int, last: int) -> Iterator[Step]:
+        """The steps `first` to `last` of a run of two cache intervals, those before them untraced."""
         pipe, unet = self.pipe, self.pipe.unet
         pipe.scheduler.set_timesteps(2 * INTERVAL)
         on_host = pipe.scheduler.timesteps.tolist()
@@ -163,23 +176,60 @@ def _merge(pipe: Any, names: Sequence[str]) -> Iterator[None]:
     yield
 
 
+PASSES: weakref.WeakKeyDictionary[Any, dict[tuple[bool, bool], tuple[Tensor, Tensor, Any]]]
+PASSES = weakref.WeakKeyDictionary()
+"""Of a UNet: (whether full, whether traced) -> noise, feature, what was noted."""
+
+
+class AlikeLoop(CachedLoop):
+    """The loop on `meta`, where adapters launch alike: a pass of either kind runs once and is noted for all others."""
+
+    def _full(self, name: str | None, args: Any, kwargs: Any) -> Tensor:
+        return self._once(True, name, lambda: super(AlikeLoop, self)._full(name, args, kwargs))
+
+    def _cached(self, name: str | None, args: Any, kwargs: Any) -> Tensor:
+        return self._once(False, name, lambda: super(AlikeLoop, self)._cached(name, args, kwargs))
+
+    def _once(self, full: bool, name: str | None, run: Callable[[], Tensor]) -> Tensor:
+        trace = _get_current_dispatch_mode()
+        known = PASSES.setdefault(self.unet, {})
+        kind = (full, isinstance(trace, Trace))
+        if kind in known:
+            noise, self.features[name], noted = known[kind]
+            if isinstance(trace, Trace):
+                trace.repeat(noted)
+            return noise
+        before = trace.noted if isinstance(trace, Trace) else []
+        noise = run()
+        noted = trace.noted[len(before) :] if isinstance(trace, Trace) else []
+        known[kind] = noise, self.features[name], noted
+        return noise
+
+
 @contextlib.contextmanager
 def _loop(pipe: Any, names: Sequence[str]) -> Iterator[None]:
-    with CachedLoop(pipe.unet, names, interval=INTERVAL, dominance=len(names) - 0.5):
+    with AlikeLoop(pipe.unet, names, interval=INTERVAL, dominance=len(names) - 0.5):
         yield
 
 
-@contextlib.contextmanager
-def _ours(pipe: Any, names: Sequence[str]) -> Iterator[None]:
-    pipe.unet.set_adapters(names)
-    method = "cmlora" if len(names) > 1 else "merge"
-    with accelerated(pipe, method=method, combine="mean", cache_interval=INTERVAL):
-        yield
+def _ours(**config: Any) -> Callable[[Any, Sequence[str]], contextlib.AbstractContextManager[None]]:
+    @contextlib.contextmanager
+    def ours(pipe: Any, names: Sequence[str]) -> Iterator[None]:
+        pipe.unet.set_adapters(names)
+        with accelerated(pipe, cache_interval=INTERVAL, **config):
+            yield
+
+    return ours
 
 
-METHODS = {
-    "plain": _plain,  # the pipeline without LoRA
-    "merge": _merge,  # PEFT, all adapters active in one pass
+METHODS: dict[str, Callable[[Any, Sequence[str]], contextlib.AbstractContextManager[None]]] = {
+    "plain": _plain,  # the pipeline without LoRA, or with its LoRAs fused by PEFT
+    "PEFT merge": _merge,  # all adapters active in one pass
     "loop": _loop,  # PEFT, a pass per adapter, a feature cache per adapter
-    "ours": _ours,
+    "cmlora": _ours(),  # the default
+    "cmlora, mean": _ours(combine="mean"),  # what the loop computes
+    "routed": _ours(method="routed"),
+    "merge": _ours(method="merge", merge_weights=True),  # as on a GPU that holds the copies
 }
+ALIKE = ("plain", "merge")
+"""Those that launch the same for every number of adapters."""
