@@ -5,6 +5,7 @@ All of it lies on the GPU where there is one, unless a builder is told otherwise
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -160,10 +161,10 @@ def add_lora(
         path = path.replace(".base_layer", "")
         if not re.search(pattern, path) or not isinstance(module, nn.Linear | nn.Conv2d):
             continue
-        weight = module.weight
-        fan_in = weight[0].numel()
-        down = torch.randn(rank, *weight.shape[1:], generator=generator) / fan_in**0.5
-        up = torch.randn(weight.shape[0], rank, *([1, 1] if weight.ndim == 4 else []), generator=generator) * 0.1
+        linear = isinstance(module, nn.Linear)  # whose weight may be quantised, and of another shape
+        outer, *inner = (module.out_features, module.in_features) if linear else module.weight.shape
+        down = torch.randn(rank, *inner, generator=generator) / math.prod(inner) ** 0.5
+        up = torch.randn(outer, rank, *([] if linear else [1, 1]), generator=generator) * 0.1
         state[f"unet.{path}.lora_A.weight"], state[f"unet.{path}.lora_B.weight"] = down, up
         if alpha is not None:
             alphas[f"unet.{path}.alpha"] = alpha

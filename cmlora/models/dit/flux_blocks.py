@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import nn
 
 from cmlora.batch.rows import Shared, lift
-from cmlora.lora.plain import unhooked
+from cmlora.lora.plain import PLAIN, unhooked
 from cmlora.models.dit.step import State, TransformerPart, alike, fused
 from cmlora_kernels import modulated_norm, rotary_norm
 
@@ -50,7 +50,7 @@ def is_plain(block: Any) -> bool:
         and all(type(norm.silu) is nn.SiLU for norm in norms)
         and all(type(norm) is nn.LayerNorm and norm.weight is None for norm in layer_norms)
         and all(type(norm) is nn.RMSNorm for norm in head_norms)
-        and all(norm.weight is not None and norm.eps is not None for norm in head_norms)
+        and all(type(norm.weight) in PLAIN and norm.eps is not None for norm in head_norms)
         and all(map(unhooked, (block, attn, *norms, *(norm.silu for norm in norms), *layer_norms, *head_norms)))
     )
 
@@ -92,7 +92,8 @@ def _modulation(norm: Any, part: TransformerPart, count: int) -> list[Shared]:
 def _modulated(norm: Any, part: TransformerPart, x: Shared, shift: Shared, scale: Shared) -> Shared:
     if x.by_prediction or shift.by_prediction:  # rows repeat by predictions alone
         x, shift, scale = (lift(t, part.rows, by_half=x.by_half or shift.by_half) for t in (x, shift, scale))
-    y = modulated_norm(x.value, shift.value, scale.value, norm.eps, part.batched.backend)
+    dtype = torch.promote_types(x.value.dtype, shift.value.dtype)  # some layers quantised, others not
+    y = modulated_norm(x.value.to(dtype), shift.value.to(dtype), scale.value.to(dtype), norm.eps, part.batched.backend)
     return Shared(y, x.by_prediction or shift.by_prediction, x.by_half or shift.by_half)
 
 
