@@ -161,10 +161,11 @@ def add_lora(
         path = path.replace(".base_layer", "")
         if not re.search(pattern, path) or not isinstance(module, nn.Linear | nn.Conv2d):
             continue
-        linear = isinstance(module, nn.Linear)  # whose weight may be quantised, and of another shape
-        outer, *inner = (module.out_features, module.in_features) if linear else module.weight.shape
-        down = torch.randn(rank, *inner, generator=generator) / math.prod(inner) ** 0.5
-        up = torch.randn(outer, rank, *([] if linear else [1, 1]), generator=generator) * 0.1
+        shape: tuple[int, ...] = tuple(module.weight.shape)
+        if isinstance(module, nn.Linear):  # whose weight may be quantised, and of another shape
+            shape = module.out_features, module.in_features
+        down = torch.randn(rank, *shape[1:], generator=generator) / math.prod(shape[1:]) ** 0.5
+        up = torch.randn(shape[0], rank, *([1, 1] if len(shape) == 4 else []), generator=generator) * 0.1
         state[f"unet.{path}.lora_A.weight"], state[f"unet.{path}.lora_B.weight"] = down, up
         if alpha is not None:
             alphas[f"unet.{path}.alpha"] = alpha
