@@ -18,10 +18,12 @@ from cmlora_kernels.costs import choose
 from cmlora_kernels.feature_bank import concat_channels_launch, scatter_launch
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.merged_bank import merged_launch
+from cmlora_kernels.modulated_norm import modulated_launch
 from cmlora_kernels.multi_lora_add import add_launches
 from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
 from cmlora_kernels.multi_lora_linear import NO_WEIGHTS, linear_launch, part_rank
 from cmlora_kernels.places import blur_launch, masks_launch, strength_launch
+from cmlora_kernels.rotary_norm import rotary_launch
 from cmlora_kernels.spectrum import spectrum_launch
 from cmlora_kernels.spectrum_finish import finish_launch
 from cmlora_kernels.tiles import Problem, supports
@@ -54,18 +56,19 @@ UNETS = {
 
 
 class Transformer(NamedTuple):
-    """What its config.json and its size of image say: latent side, tokens of image and text, width, channels."""
+    """What its config.json and its size of image say: latent side, tokens of image and text, width, channels, heads."""
 
     size: int
     image: int
     text: int
     width: int
     channels: int
+    heads: int
 
 
 TRANSFORMERS = {
     # black-forest-labs/FLUX.1-dev/transformer/config.json, 1024 x 1024 pixels
-    "flux": Transformer(128, 4096, 512, 3072, 16),
+    "flux": Transformer(128, 4096, 512, 3072, 16, 24),
 }
 MODELS = (*UNETS, *TRANSFORMERS)
 
@@ -328,6 +331,18 @@ def _transformer_step_launches(model: Transformer, adapters: int, dtype: torch.d
         yield strength_launch(shape, strides, adapters, 1, keep, dtype)
     yield local_launch(shape, strides, adapters, 0, dtype)
     yield regions_launch(shape, strides, adapters, dtype)
+    for rows in (1, adapters):
+        yield from _norm_launches(model, rows, dtype)
+
+
+def _norm_launches(model: Transformer, rows: int, dtype: torch.dtype) -> Iterator[Launch]:
+    """Norms of the blocks of one image: its own modulation for all rows, queries and keys of both kinds of block."""
+    width, both, head = model.width, model.image + model.text, (model.heads, model.width // model.heads)
+    for tokens, count in ((model.image, 6), (model.text, 6), (both, 3)):  # shifts, scales and gates side by side
+        yield modulated_launch((rows, tokens, width), 1, (tokens * width, count * width), dtype, 1e-6)
+    yield rotary_launch((rows, both, *head), (0, 0), (both * width, 0), dtype, dtype, 1e-6)
+    strides = (model.image * width, model.text * width)
+    yield rotary_launch((rows, model.image, *head), (rows, model.text), strides, dtype, dtype, 1e-6)
 
 
 def _place_launches(size: int, adapters: int, dtype: torch.dtype) -> Iterator[Launch]:

@@ -190,6 +190,8 @@ class Denoiser:
         """The run and lane that this call belongs to, and its inputs."""
         pipe = self._pipe()
         place = self.family.place(pipe, getattr(pipe, "scheduler", self._scheduler), call)
+        if place.halves > 1 and self.module._forward_pre_hooks and not torch.equal(*call.inputs.sample.chunk(2)):
+            place = replace(place, halves=1)  # a user's hook has changed what the pipeline passed
         run, before = self.run, -1
         if run is not None and run.is_continued_by(place):
             if run.thread != threading.get_ident():

@@ -16,6 +16,8 @@ from cmlora.lora.plain import FLOATS, classes_own, origin, unhooked, weights_alo
 
 KEEPS = "method='merge' without `adapters` draws it as the plain pipeline does"
 OURS = "cmlora"
+QUANTISING = "peft.tuners.lora.bnb"
+"""Where PEFT's layers on bitsandbytes' linear ones are: the same sum, of classes of their own."""
 CASTING = "peft_autocast_disable"
 """diffusers' hook on a LoRA layer whose base is cast: x keeps its dtype, which it does with us, too."""
 
@@ -74,7 +76,7 @@ def _problem(layer: BaseTunerLayer, names: Sequence[str]) -> str | None:
     here = [n for n in names if holds(layer, n)]
     if not here:
         return None
-    if not isinstance(layer, PeftLinear | PeftConv2d):
+    if not isinstance(layer, PeftLinear | PeftConv2d) and type(layer).__module__ != QUANTISING:
         return (
             f"LoRA on {type(layer).__name__} is not supported, only on linear and 2-D convolution: {_remove(here[0])}"
         )

@@ -14,7 +14,7 @@ from cmlora.lora.plain import classes_own, globally_hooked, origin
 TRUSTED = frozenset({"torch", "diffusers", "peft", "transformers", "accelerate", "cmlora"})
 """Packages whose modules and hooks treat each row of a batch on its own."""
 QUANTISED = frozenset({"bitsandbytes", "torchao", "optimum"})
-"""Packages whose layers do so, too: linear layers on weights of fewer bits."""
+"""Packages whose layers do so, too, but for `_of_weights`: linear layers on weights of fewer bits."""
 PROCESSORS = "diffusers.models."
 """Where the processors of diffusers' models are; those of its pipelines mix images (text to video, editing)."""
 OFFLOADS = ("group_offloading", "lazy_prefetch_group_offloading", "layer_execution_tracker")
@@ -24,8 +24,8 @@ def foreign(model: nn.Module) -> list[str]:
     """Code in a model that may look at other rows of its batch, each as "where: what".
 
     Hooks and forwards that are not of torch, diffusers, peft, transformers or accelerate, attention processors that are
-    not of diffusers' models, subclasses of modules that were defined elsewhere, and class methods that were replaced.
-    The model's own forward is not looked at.
+    not of diffusers' models, subclasses of modules that were defined elsewhere, class methods that were replaced, and
+    weights of 8 bits that are multiplied without the outliers of the batch. The model's own forward is not looked at.
     """
     found = ["all modules: a global forward hook"] if globally_hooked() else []
     kinds: dict[type[nn.Module], str | None] = {}
@@ -38,6 +38,7 @@ def foreign(model: nn.Module) -> list[str]:
         what = _of_hooks(state) if hooked else []  # hooks of the model itself see the pipeline's own batch
         if kinds[kind] is not None and module is not model:
             what.append(str(kinds[kind]))
+        what += _of_weights(module)
         if "forward" in state and module is not model and not classes_own(module):
             what += _of_forward(state)
         processor = state.get("processor") or state["_modules"].get("processor")
@@ -115,6 +116,14 @@ def _of_class(kind: type[nn.Module]) -> str | None:
         return f"module of class {kind.__module__}.{kind.__qualname__}"
     code = origin(kind.forward)
     return None if _root(code) in TRUSTED | QUANTISED else f"{kind.__qualname__}.forward, replaced by {code}"
+
+
+def _of_weights(module: nn.Module) -> list[str]:
+    """LLM.int8 (arXiv 2208.07339): what is large in one row is multiplied in full precision in all of them."""
+    threshold = getattr(module.__dict__.get("state"), "threshold", 0)
+    if _root(type(module).__module__) != "bitsandbytes" or not threshold:
+        return []
+    return [f"weights of 8 bits with llm_int8_threshold={threshold:g}"]
 
 
 def _of_forward(state: dict[str, Any]) -> list[str]:

@@ -3,11 +3,12 @@
 `meta` tensors have no values: that a pipeline's call runs on them says that nothing is read back.
 """
 
+import runpy
 from pathlib import Path
 
 import pytest
 
-from cmlora.lab.bench.transformer_steps import Blocks, Flux, MetaFlux, counts_table, times_table
+from cmlora.lab.bench.transformer_steps import FEW, Blocks, Flux, MetaFlux, counts_table, times_table
 
 ROOT = Path(__file__).resolve().parents[2]
 MEAN = {"method": "cmlora", "combine": "mean", "partition": "offline"}
@@ -45,3 +46,14 @@ def test_every_further_block_of_a_kind_adds_the_same(flux):
         for name in ("ops", "flops", "bytes"):
             assert getattr(traced, name) == pytest.approx(getattr(followed, name), rel=1e-9), name
         assert traced.ms == pytest.approx(followed.ms, rel=1e-6)
+
+
+def test_the_benchmark_prints_a_row_of_every_way_in_both_tables(capsys):
+    main = runpy.run_path(str(ROOT / "benchmarks" / "flux.py"))["main"]
+    main(["--adapters", "2", "--blocks", *map(str, FEW)])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"the first 2 and the last 1 of {sum(FEW)} blocks run in every step" in lines
+    names = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    ways = [name for name in names if name and not name.startswith("ms of a step")]
+    assert ways[: len(ways) // 2] == ways[len(ways) // 2 :]
+    assert len(set(ways)) == 7

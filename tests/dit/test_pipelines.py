@@ -1,5 +1,7 @@
 """The other pipelines of the families: they begin in the middle of a schedule, keep what is masked, add residuals."""
 
+import inspect
+
 import diffusers
 import pytest
 import torch
@@ -41,6 +43,21 @@ def sd3_controlnet():
     return _loud(diffusers.SD3ControlNetModel(**(config | {"num_layers": 2, "dual_attention_layers": ()})).eval())
 
 
+def qwen_vae():
+    torch.manual_seed(1)
+    kinds = {"dim_mult": [1] * 4, "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+    scales = {"latents_mean": [0.1] * 4, "latents_std": [1.2] * 4}
+    return diffusers.AutoencoderKLQwenImage(base_dim=4, z_dim=4, **kinds, **scales)
+
+
+def qwen_controlnet():
+    torch.manual_seed(2)
+    given = dict(transformer("qwen").config)
+    known = inspect.signature(diffusers.QwenImageControlNetModel.__init__).parameters
+    config = {k: v for k, v in given.items() if k in known}
+    return _loud(diffusers.QwenImageControlNetModel(**(config | {"num_layers": 2})).eval())
+
+
 def _loud(net):
     for parameter in net.parameters():
         if parameter.ndim > 1 and not parameter.any():
@@ -57,6 +74,19 @@ CASES = {
     "flux with residuals": ("flux", "FluxControlNetPipeline", UNDER, {"controlnet": flux_controlnet}),
     "sd3 from a picture": ("sd3", "StableDiffusion3Img2ImgPipeline", FROM, {}),
     "sd3 with residuals": ("sd3", "StableDiffusion3ControlNetPipeline", UNDER, {"controlnet": sd3_controlnet}),
+    "qwen from a picture": ("qwen", "QwenImageImg2ImgPipeline", FROM, {"vae": qwen_vae}),
+    "qwen under a mask": (
+        "qwen",
+        "QwenImageInpaintPipeline",
+        OVER | {"latents": lambda: None},  # with latents given it cannot be called
+        {"vae": qwen_vae},
+    ),
+    "qwen with residuals": (
+        "qwen",
+        "QwenImageControlNetPipeline",
+        UNDER,
+        {"vae": qwen_vae, "controlnet": qwen_controlnet},
+    ),
     "z_image from a picture": ("z_image", "ZImageImg2ImgPipeline", FROM, {}),
 }
 
@@ -64,8 +94,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_pipeline_of_the_family_composes_as_a_loop_does(case):
     kind, name, given, parts = CASES[case]
-    made = {part: make() for part, make in parts.items()}
-    pipe = with_loras(pipeline(kind, cls=getattr(diffusers, name), vae=vae(), **made), kind)
+    made = {part: make() for part, make in ({"vae": vae} | parts).items()}
+    pipe = with_loras(pipeline(kind, cls=getattr(diffusers, name), **made), kind)
     interval = 1 if "residuals" in case else 2  # the peer's cached blocks know no residuals
 
     def run():

@@ -1,4 +1,4 @@
-"""Run every op with the tensors of a real SD1.5 step under a CUDA driver that only writes down what it is asked for.
+"""Run every op with the tensors of a step of SD1.5 or Flux under a CUDA driver that only writes down what it is asked.
 
 A program of its own: the kernels must be imported without TRITON_INTERPRET. Prints one JSON line per launch.
 """
@@ -161,6 +161,19 @@ def routed() -> None:
         ck.multi_lora_conv2d_add_(images.clone(), images, slots, a, b, scales, **weighted)
 
 
+def norms() -> None:
+    """Of Flux's blocks at 1024 x 1024, three predictions of one image: parts of a sequence of both, then the whole."""
+    width, both, text = 3072, 4608, 512
+    x, gates = empty(3, both, width), [empty(1, count, width) for count in (6, 6, 3)]
+    for part, given in zip((x[:, text:], x[:, :text], x), gates, strict=True):
+        shift, scale, *_ = given.chunk(given.shape[1], 1)
+        ck.modulated_norm(part, shift, scale, 1e-6, backend="triton")
+    heads, weight, turns = x.view(3, both, 24, 128), empty(128), torch.zeros(both, 64, 2)
+    ck.rotary_norm(heads, weight, turns, 1e-6, backend="triton")
+    image, prompt = empty(3, both - text, 24, 128), empty(3, text, 24, 128)
+    ck.rotary_norm(image, weight, turns, 1e-6, prompt, weight, backend="triton")
+
+
 def doctor() -> None:
     """What `cmlora doctor` launches on a GPU: its cheapest variants, aligned, and the kernels of a step."""
     cpu = torch.device("cpu")
@@ -176,6 +189,7 @@ if __name__ == "__main__":
     install()
     step()
     places()
+    norms()
     routed()
     routed()  # kernels that were compiled are launched without asking Triton
     doctor()

@@ -14,14 +14,16 @@ from cmlora_kernels.inspect import inspect_launch
 from cmlora_kernels.multi_lora_add import add_launches
 from cmlora_kernels.multi_lora_linear import linear_launch
 from cmlora_kernels.tiles import Problem
-from cmlora_kernels.variants import Variant, variants
+from cmlora_kernels.variants import TRANSFORMERS, Variant, variants
 
-EVERYWHERE = {  # the kernels with matrix products, on every target: (kernel, dtype)
+EVERYWHERE = {  # the kernels with matrix products and those that fill the registers, on every target: (kernel, dtype)
     ("linear_kernel", "float16"),
     ("linear_kernel", "float32"),
     ("add_kernel", "bfloat16"),
     ("conv_add_kernel", "float16"),
     ("spectrum_kernel", "float16"),
+    ("modulated_norm_kernel", "float16"),
+    ("rotary_norm_kernel", "float16"),
 }
 SHOWN = (
     "registers",
@@ -40,14 +42,16 @@ SHOWN = (
 
 def representatives(target: str) -> list[Variant]:
     """Of each kernel and dtype the variant that moves most, with token weights and without, convolutions in either
-    layout; the copying kernels in fp16 on one target per vendor.
+    layout; the copying kernels in fp16 on one target per vendor. Transformers add the kernels that they alone have.
 
     The smallest linear layer in float32, whose tile of 16 tokens once spilled. And the linear layer and the update in
     place whose pipelines take most shared memory.
     """
     most: dict[tuple[str, str, bool, bool], Variant] = {}
     known = variants(target, ranks=(16,))
-    for variant in known:
+    names = {v.launch.kernel.__name__ for v in known}
+    others = [v for v in variants(target, TRANSFORMERS, ranks=()) if v.launch.kernel.__name__ not in names]
+    for variant in (*known, *others):
         key = (variant.launch.kernel.__name__, str(variant.dtype).removeprefix("torch."))
         form = (*key, is_weighted(variant), variant.launch.scalars.get("x_channel") == 1)
         wanted = key in EVERYWHERE or (target in ("sm_90", "gfx942") and key[1] == "float16")

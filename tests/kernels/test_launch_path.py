@@ -20,6 +20,7 @@ from cmlora_kernels import (
     dominant_from_latents,
     merge_weights,
     merged_linear,
+    modulated_norm,
     multi_lora_add_,
     multi_lora_conv2d,
     multi_lora_conv2d_add_,
@@ -27,6 +28,7 @@ from cmlora_kernels import (
     place_masks,
     place_strength,
     radial_profile,
+    rotary_norm,
     scatter_rows,
 )
 from cmlora_kernels.chips import TRITON_SHARE
@@ -62,7 +64,7 @@ def test_every_launcher_asks_the_driver_for_what_was_inspected() -> None:
         assert launch["programs"] > 0
         assert max(launch["grid"][1:]) < 65536, launch  # CUDA's limit on the second and third axis
     assert sum(launch["again"] for launch in launches) > 10, "compiled kernels, launched directly"
-    every = {variant.launch.kernel.__name__ for variant in variants("sm_90", models=["sd15"], ranks=(16,))}
+    every = {variant.launch.kernel.__name__ for variant in variants("sm_90", models=["sd15", "flux"], ranks=(16,))}
     assert {launch["kernel"] for launch in launches} == every
 
 
@@ -107,9 +109,10 @@ def test_kernels_move_the_bytes_that_their_formulas_say(traffic: list[tuple[Laun
     noise, weights = torch.randn(10, 4, 64, 64), torch.rand(5, 2)
     combine_noise(noise, weights, backend="triton")
     _run_places(noise, weights[1:].contiguous())
-    assert len(traffic) == 20
+    _run_norms()
+    assert len(traffic) == 25
     _run_multi_lora()
-    kernels = {launch.kernel.__name__ for launch, _ in traffic[20:]}
+    kernels = {launch.kernel.__name__ for launch, _ in traffic[25:]}
     assert kernels == {"linear_kernel", "add_kernel", "conv_add_kernel", "merged_kernel"}
     for launch, (moved,) in traffic:
         assert moved == pytest.approx(launch.bytes, rel=0.1), launch.name
@@ -127,6 +130,16 @@ def _run_places(noise: torch.Tensor, weights: torch.Tensor) -> None:
         combine_local(noise, mu, weights, adapters, bases, bases[:1], backend="triton")
     combine_local(noise[..., :50], mu[..., :50], weights, adapters, bases, 0, backend="triton")
     combine_regions(noise[2:, :3, :, :50], mu[..., :50], weights, backend="triton")
+
+
+def _run_norms() -> None:
+    """Modulation shared by predictions, on a part of a longer sequence too; the prompt before the image, or none."""
+    x, (shift, scale, _) = torch.randn(4, 70, 96), torch.randn(2, 3, 96).chunk(3, 1)
+    for tokens in (x, x[:, 7:], x[:1]):
+        modulated_norm(tokens, shift, scale, 1e-6, backend="triton")
+    heads, weight, turns = x.view(4, 70, 4, 24), torch.randn(24), torch.randn(75, 12, 2)
+    rotary_norm(heads, weight, turns[:70], 1e-6, backend="triton")
+    rotary_norm(heads, weight, turns, 1e-6, torch.randn(2, 5, 4, 24), weight, backend="triton")
 
 
 def _run_multi_lora() -> None:

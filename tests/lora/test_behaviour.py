@@ -4,6 +4,8 @@ import types
 
 import pytest
 import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
@@ -46,6 +48,18 @@ class Int8(torch.Tensor):
 def quantise(base):
     scale = base.weight.detach().abs().amax() / 127
     base.weight = nn.Parameter(Int8((base.weight.detach() / scale).round().to(torch.int8), scale), requires_grad=False)
+
+
+class Linear4bit(nn.Module, LoraLayer):
+    """PEFT's layer on one of bitsandbytes': no `Linear` of PEFT's, whose sum it computes."""
+
+    __module__ = "peft.tuners.lora.bnb"
+    forward = PeftLinear.forward
+
+
+def of_bitsandbytes(base, layer):
+    quantise(base)
+    layer.__class__ = Linear4bit
 
 
 class Half(nn.Module):
@@ -109,6 +123,7 @@ def own_convolution(base):
     ("kind", "change"),
     [
         *((nn.Linear, c) for c in (quantise, hook, hook_before, own_forward, parametrized, another_class)),
+        (nn.Linear, of_bitsandbytes),
         *((nn.Conv2d, c) for c in (quantise, hook, own_forward, parametrized, circular, own_convolution, same)),
         *((nn.Conv2d, c) for c in (circular_everywhere, circular_for_one)),
     ],

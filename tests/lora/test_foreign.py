@@ -142,6 +142,17 @@ def test_what_treats_each_row_on_its_own_is_not_foreign(unet):
     assert offloaded(unet) == []
 
 
+def test_weights_of_8_bits_that_look_at_the_outliers_of_all_rows(unet):
+    class Linear8bitLt(torch.nn.Linear):
+        __module__ = "bitsandbytes.nn.modules"
+
+    layer = unet.get_submodule(TO_Q).base_layer
+    layer.__class__, layer.state = Linear8bitLt, types.SimpleNamespace(threshold=0.0)
+    assert foreign(unet) == []
+    layer.state.threshold = 6.0
+    assert foreign(unet) == [f"{TO_Q}.base_layer: weights of 8 bits with llm_int8_threshold=6"]
+
+
 def test_ours_is_not_foreign(unet):
     with in_force(unet, ((("a", 1.0),),), [0]):
         assert foreign(unet) == []

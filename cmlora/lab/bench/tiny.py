@@ -5,6 +5,7 @@ All of it lies on the GPU where there is one, unless a builder is told otherwise
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -160,10 +161,11 @@ def add_lora(
         path = path.replace(".base_layer", "")
         if not re.search(pattern, path) or not isinstance(module, nn.Linear | nn.Conv2d):
             continue
-        weight = module.weight
-        fan_in = weight[0].numel()
-        down = torch.randn(rank, *weight.shape[1:], generator=generator) / fan_in**0.5
-        up = torch.randn(weight.shape[0], rank, *([1, 1] if weight.ndim == 4 else []), generator=generator) * 0.1
+        shape: tuple[int, ...] = tuple(module.weight.shape)
+        if isinstance(module, nn.Linear):  # whose weight may be quantised, and of another shape
+            shape = module.out_features, module.in_features
+        down = torch.randn(rank, *shape[1:], generator=generator) / math.prod(shape[1:]) ** 0.5
+        up = torch.randn(shape[0], rank, *([1, 1] if len(shape) == 4 else []), generator=generator) * 0.1
         state[f"unet.{path}.lora_A.weight"], state[f"unet.{path}.lora_B.weight"] = down, up
         if alpha is not None:
             alphas[f"unet.{path}.alpha"] = alpha

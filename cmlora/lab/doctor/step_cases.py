@@ -1,4 +1,4 @@
-"""The kernels that a step launches beside its layers: spectrum, choice, cached features, combination, masks."""
+"""The kernels that a step launches beside its layers: spectrum, choice, cached features, combination, masks, norms."""
 
 from __future__ import annotations
 
@@ -123,6 +123,34 @@ def _regions(normal: Any, device: torch.device, size: int, channels: int) -> Mad
     )
 
 
+def _modulated(normal: Any, device: torch.device, size: int, channels: int) -> Made:
+    """Three predictions of two images, whose modulation they share."""
+    x, (shift, scale, _) = normal(6, size + 1, 3 * channels), normal(2, 3, 3 * channels).chunk(3, 1)
+    return lambda backend, dtype: ck.modulated_norm(
+        x.to(dtype),
+        shift.to(dtype),
+        scale.to(dtype),
+        1e-6,
+        backend=backend,  # type: ignore[arg-type]
+    )
+
+
+def _rotary(normal: Any, device: torch.device, size: int, channels: int) -> Made:
+    """A prompt of five tokens before the image, and shared by all predictions."""
+    x, before, weights = normal(6, size + 1, 3, channels), normal(2, 5, 3, channels), normal(2, channels)
+    angle = normal(size + 6, channels // 2).float()
+    turns = torch.stack((angle.cos(), angle.sin()), -1)
+    return lambda backend, dtype: ck.rotary_norm(
+        x.to(dtype),
+        weights[0].to(dtype),
+        turns,
+        1e-6,
+        before.to(dtype),
+        weights[1].to(dtype),
+        backend=backend,  # type: ignore[arg-type]
+    )
+
+
 _OPS: dict[str, Callable[..., Made]] = {
     "combine_noise": _combine,
     "radial_profile": _profile,
@@ -132,4 +160,6 @@ _OPS: dict[str, Callable[..., Made]] = {
     "masks": _masks,
     "combine_local": _local,
     "combine_regions": _regions,
+    "modulated_norm": _modulated,
+    "rotary_norm": _rotary,
 }

@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 from cmlora.errors import ConfigError, RunError, UnsupportedModelError
 from cmlora.lora.bank import outline
+from cmlora.lora.check import CASTING
+from cmlora.lora.foreign import OFFLOADS
+from cmlora.lora.plain import origin
 from cmlora.models.caller import calling_frame
 from cmlora.models.clock import index_in
 from cmlora.models.family import Call, Family, Place
 from cmlora.models.prompts import own_rows
+
+HARMLESS = ("layerwise_casting", CASTING)
+"""Hooks of diffusers that leave nothing behind."""
 
 
 class TransformerFamily(Family):
@@ -37,8 +43,10 @@ class TransformerFamily(Family):
 
     def check(self, module: Any) -> None:
         name = type(module).__name__
-        if type(module).forward is not self.kind.forward:
-            raise UnsupportedModelError(f"{name}.forward is not {self.kind.__name__}'s, and would be bypassed")
+        if type(module).forward is not self.kind.forward or not origin(self.kind.forward).startswith("diffusers."):
+            raise UnsupportedModelError(
+                f"{name}.forward is not diffusers' {self.kind.__name__}'s, and would be bypassed"
+            )
         if getattr(module, "is_cache_enabled", False):
             raise UnsupportedModelError(
                 f"this {name} has a cache of its own, which ours would meet: call disable_cache()"
@@ -60,6 +68,11 @@ class TransformerFamily(Family):
                 )
             if getattr(processor, "_parallel_config", None) is not None:
                 raise UnsupportedModelError(f"{where}: a transformer that runs on several devices is not supported")
+            for hook in _keeping(part):
+                raise UnsupportedModelError(
+                    f"{where or name}: diffusers' hook {hook!r} keeps something from call to call, which rows of "
+                    "several predictions would share: take it off (pipe.transformer.disable_cache())"
+                )
 
     def take_kwargs(self, given: dict[str, Any]) -> float:
         """The adapters' scale, out of a call's arguments; all else in their dictionary is refused."""
@@ -145,6 +158,17 @@ class TransformerFamily(Family):
 
     def result(self, noise: Tensor, call: Call) -> Any:
         return Transformer2DModelOutput(sample=noise) if call.return_dict else (noise,)
+
+
+def _keeping(module: nn.Module) -> list[str]:
+    """Names of hooks of diffusers' own on a module that do more than to cast or to move its weights."""
+    registry = module.__dict__.get("_diffusers_hook")
+    hooks = {} if registry is None else registry.hooks
+    return [
+        name
+        for name, hook in hooks.items()
+        if type(hook).__module__.startswith("diffusers.hooks.") and name not in (*HARMLESS, *OFFLOADS)
+    ]
 
 
 def layers_in(parts: Iterable[nn.Module | None]) -> set[nn.Module]:

@@ -169,14 +169,13 @@ class FluxFamily(TransformerFamily):
                 if size[0] * size[1] == tokens:
                     return size
         if img_ids not in self._sizes:
-            ids = (img_ids[0] if img_ids.ndim == 3 else img_ids)[:, 1:3]
-            height, width = (ids.amax(0) - ids.amin(0) + 1).int().tolist()
-            self._sizes[img_ids] = height, width
-        height, width = self._sizes[img_ids]
-        if height * width != tokens:
+            ids = img_ids[0] if img_ids.ndim == 3 else img_ids
+            self._sizes[img_ids] = (ids.amax(0) - ids.amin(0) + 1).int().tolist()
+        images, height, width = self._sizes[img_ids]
+        if images != 1 or height * width != tokens:
             raise RunError(
-                f"img_ids must name the places of one image, got {height} x {width} places for {tokens} tokens: "
-                "reference images beside the latents are not supported"
+                f"img_ids must name the places of one image, got {images} x {height} x {width} places for {tokens} "
+                "tokens: reference images beside the latents (FluxKontextPipeline) are not supported"
             )
         return height, width
 

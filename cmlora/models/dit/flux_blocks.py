@@ -5,11 +5,13 @@ Only for blocks that `is_plain` found to be what diffusers wrote; all others are
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
+from diffusers.models.transformers import transformer_flux
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
     FluxAttnProcessor,
@@ -19,7 +21,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import nn
 
 from cmlora.batch.rows import Shared, lift
-from cmlora.lora.plain import unhooked
+from cmlora.lora.plain import PLAIN, origin, unhooked
 from cmlora.models.dit.step import State, TransformerPart, alike, fused
 from cmlora_kernels import modulated_norm, rotary_norm
 
@@ -29,6 +31,8 @@ LARGEST = 65504
 
 def is_plain(block: Any) -> bool:
     """Whether a block is diffusers' own, nothing around it or what is not called as a module."""
+    if not all(origin(call).startswith(("diffusers.", "torch.")) for call in _calls()):
+        return False  # of a class whose method was replaced, as recipes for faster or other attention do
     norms: tuple[Any, ...]
     names: tuple[str, ...]
     kind: type[nn.Module]
@@ -50,9 +54,16 @@ def is_plain(block: Any) -> bool:
         and all(type(norm.silu) is nn.SiLU for norm in norms)
         and all(type(norm) is nn.LayerNorm and norm.weight is None for norm in layer_norms)
         and all(type(norm) is nn.RMSNorm for norm in head_norms)
-        and all(norm.weight is not None and norm.eps is not None for norm in head_norms)
+        and all(type(norm.weight) in PLAIN and norm.eps is not None for norm in head_norms)
         and all(map(unhooked, (block, attn, *norms, *(norm.silu for norm in norms), *layer_norms, *head_norms)))
     )
+
+
+def _calls() -> Iterator[Any]:
+    """What the functions below stand for."""
+    yield from (FluxAttnProcessor.__call__, transformer_flux.apply_rotary_emb)
+    blocks, norms = (FluxTransformerBlock, FluxSingleTransformerBlock), (AdaLayerNormZero, AdaLayerNormZeroSingle)
+    yield from (kind.forward for kind in (*blocks, FluxAttention, *norms, nn.LayerNorm, nn.RMSNorm, nn.SiLU))
 
 
 def double_block(block: Any, part: TransformerPart, text: Shared, image: Shared) -> State:
@@ -92,7 +103,8 @@ def _modulation(norm: Any, part: TransformerPart, count: int) -> list[Shared]:
 def _modulated(norm: Any, part: TransformerPart, x: Shared, shift: Shared, scale: Shared) -> Shared:
     if x.by_prediction or shift.by_prediction:  # rows repeat by predictions alone
         x, shift, scale = (lift(t, part.rows, by_half=x.by_half or shift.by_half) for t in (x, shift, scale))
-    y = modulated_norm(x.value, shift.value, scale.value, norm.eps, part.batched.backend)
+    dtype = torch.promote_types(x.value.dtype, shift.value.dtype)  # some layers quantised, others not
+    y = modulated_norm(x.value.to(dtype), shift.value.to(dtype), scale.value.to(dtype), norm.eps, part.batched.backend)
     return Shared(y, x.by_prediction or shift.by_prediction, x.by_half or shift.by_half)
 
 

@@ -139,9 +139,13 @@ class QwenFamily(TransformerFamily):
     def read(self, arguments: Mapping[str, Any]) -> Call:
         given = dict(arguments)
         scale, return_dict = self.take_kwargs(given), given.pop("return_dict", True)
-        shapes, sample = given.pop("img_shapes"), given.pop("hidden_states")
+        sample = given.pop("hidden_states")
+        shapes = [shape if isinstance(shape, list) else [shape] for shape in given.pop("img_shapes")]
         if len(shapes[0]) != 1 or shapes[0][0][0] != 1 or any(shape != shapes[0] for shape in shapes):
-            raise RunError(f"img_shapes must be one image [(1, height, width)] for every row, got {shapes}")
+            raise RunError(
+                f"img_shapes must be one image [(1, height, width)] for every row, got {shapes}: reference images "
+                "beside the latents (QwenImageEditPipeline and its relatives) are not supported"
+            )
         if given.pop("additional_t_cond", None) is not None:
             raise RunError("additional_t_cond is not supported")
         if given.get("guidance") is not None:

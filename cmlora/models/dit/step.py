@@ -100,6 +100,8 @@ class TransformerConditions(Conditions):
     def given(self, name: str, inputs: Any, everyone: Rows | None) -> Tensor:
         """[all rows, ...] an input that predictions have one of their own of, where they do; None: own rows."""
         own: Tensor = self.batched.prompt(inputs) if name == "encoder_hidden_states" else getattr(inputs, name)
+        if own.shape[0] == 1:  # of one prompt for several images, which modulation spreads in diffusers' blocks
+            own = own.expand(inputs.sample.shape[0], *own.shape[1:])
         if self.prompts is not None and everyone is not None:
             return by_prediction(own, [None if p is None else p[name] for p in self.prompts], everyone)
         return spread(own, everyone)

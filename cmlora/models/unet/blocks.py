@@ -10,7 +10,7 @@ from torch import nn
 
 from cmlora.errors import ConfigError, UnsupportedModelError
 from cmlora.lora.bank import outline
-from cmlora.lora.plain import unhooked
+from cmlora.lora.plain import origin, unhooked
 
 BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", "NoneType")
@@ -77,9 +77,10 @@ def check_supported(unet: Any) -> None:
     """Raise UnsupportedModelError unless `unet` is a UNet2DConditionModel made of blocks that we can run."""
     if not isinstance(unet, UNet2DConditionModel):
         raise UnsupportedModelError(f"unet must be a UNet2DConditionModel, got {type(unet).__name__}")
-    if type(unet).forward is not UNet2DConditionModel.forward:
+    forward = UNet2DConditionModel.forward
+    if type(unet).forward is not forward or not origin(forward).startswith("diffusers."):
         raise UnsupportedModelError(
-            f"{type(unet).__name__}.forward is not UNet2DConditionModel's, and would be bypassed"
+            f"{type(unet).__name__}.forward is not diffusers' UNet2DConditionModel's, and would be bypassed"
         )
     kinds = {type(b).__name__ for b in (*unet.down_blocks, *unet.up_blocks)} - set(BLOCKS)
     mid = type(unet.mid_block).__name__
