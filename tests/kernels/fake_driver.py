@@ -1,6 +1,7 @@
-"""Run every op with the tensors of a real SD1.5 step under a CUDA driver that only writes down what it is asked for.
+"""Run every op with the tensors of a real SD1.5 step under a driver that only writes down what it is asked for.
 
-A program of its own: the kernels must be imported without TRITON_INTERPRET. Prints one JSON line per launch.
+A program of its own: the kernels must be imported without TRITON_INTERPRET. Its argument is the target, "sm_90" or
+"gfx942". Prints one JSON line per launch.
 """
 
 import importlib
@@ -12,22 +13,21 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import cmlora_kernels as ck
 from cmlora.lab.doctor.cases import variants_of
 from cmlora.lab.doctor.step_cases import step_cases
 from cmlora_kernels import launch as launch_module
+from cmlora_kernels.inspect import gpu_target
 
-TARGET = GPUTarget("cuda", 90, 32)
 current: list[launch_module.Launch] = []
 
 
 def fake_compile(source: Any, target: Any = None, options: dict[str, Any] | None = None, **_: Any) -> Any:
     """Stands in for triton.compile: holds what the JIT specialised against what the inspection compiles."""
     launch, options = current[-1], options or {}
-    inspected = launch.source()
+    inspected = launch.source(driver.active.get_current_target())
     for each in (source, inspected):  # without the empty ones, in one order: the hash is of their text
         each.attrs = {place: attribute for place, attribute in sorted(each.attrs.items()) if attribute}
     same = source.hash() == inspected.hash()
@@ -70,10 +70,10 @@ def fake_compile(source: Any, target: Any = None, options: dict[str, Any] | None
     return Compiled()
 
 
-def install() -> None:
+def install(target: str) -> None:
     """Put the fake driver, the fake compiler and the choice of Triton on CPU tensors in place."""
     interface = SimpleNamespace(
-        get_current_target=lambda: TARGET, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+        get_current_target=lambda: gpu_target(target), get_current_device=lambda: 0, get_current_stream=lambda device: 0
     )
     driver.set_active(interface)
     triton.compiler.compile = fake_compile
@@ -89,7 +89,7 @@ def install() -> None:
         if hasattr(module, "use_triton"):
             module.use_triton = lambda tensor, backend: backend == "triton"
         if hasattr(module, "arch_of"):
-            module.arch_of = lambda device: "sm_90"
+            module.arch_of = lambda device: target
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -161,10 +161,10 @@ def routed() -> None:
         ck.multi_lora_conv2d_add_(images.clone(), images, slots, a, b, scales, **weighted)
 
 
-def doctor() -> None:
+def doctor(target: str) -> None:
     """What `cmlora doctor` launches on a GPU: its cheapest variants, aligned, and the kernels of a step."""
     cpu = torch.device("cpu")
-    layers = variants_of("sm_90", torch.float16, (16,))
+    layers = variants_of(target, torch.float16, (16,))
     cheapest = [next(case for case in layers if case.name.startswith(kind)) for kind in ("fused", "add", "merged")]
     convolutions = [case for case in layers if case.name.startswith("conv")][:2]
     for case in (*cheapest, *convolutions, *step_cases(torch.float16, 16, 8)):
@@ -173,9 +173,9 @@ def doctor() -> None:
 
 
 if __name__ == "__main__":
-    install()
+    install(sys.argv[1])
     step()
     places()
     routed()
     routed()  # kernels that were compiled are launched without asking Triton
-    doctor()
+    doctor(sys.argv[1])
