@@ -16,6 +16,7 @@ from cmlora_kernels.combine_noise import combine_launch
 from cmlora_kernels.combine_places import local_launch, regions_launch
 from cmlora_kernels.costs import choose
 from cmlora_kernels.feature_bank import concat_channels_launch, scatter_launch
+from cmlora_kernels.geglu import geglu_launch
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.merged_bank import merged_launch
 from cmlora_kernels.multi_lora_add import add_launches
@@ -308,6 +309,9 @@ def _step_launches(unet: UNet, adapters: int, dtype: torch.dtype, arch: str) -> 
     yield scatter_launch(2, deep * size * size, dtype)
     latent = 4 * size * size
     yield combine_launch(adapters, 2, latent, dtype)
+    for level, depth in enumerate(unet.depth):
+        if depth:
+            yield geglu_launch(rows * (size >> level) ** 2, 4 * unet.channels[level], dtype)
     yield from _place_launches(size, adapters, dtype)
 
 

@@ -112,6 +112,7 @@ def step() -> None:
     ck.concat_channels(bank.to(memory_format=last), skip.to(memory_format=last), backend="triton")
     noise, weights = empty(rows, 4, 64, 64), torch.ones(5, 2)
     ck.combine_noise(noise, weights, backend="triton")
+    ck.geglu(empty(rows, 256, 2560), backend="triton")
     lora()
 
 

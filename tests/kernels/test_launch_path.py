@@ -18,6 +18,7 @@ from cmlora_kernels import (
     combine_regions,
     concat_channels,
     dominant_from_latents,
+    geglu,
     merge_weights,
     merged_linear,
     multi_lora_add_,
@@ -108,10 +109,11 @@ def test_kernels_move_the_bytes_that_their_formulas_say(traffic: list[tuple[Laun
     scatter_rows(bank, bank[:2].clone(), index, backend="triton")
     noise, weights = torch.randn(10, 4, 64, 64), torch.rand(5, 2)
     combine_noise(noise, weights, backend="triton")
+    geglu(torch.randn(2, 77, 600), backend="triton")
     _run_places(noise, weights[1:].contiguous())
-    assert len(traffic) == 20
+    assert len(traffic) == 21
     _run_multi_lora()
-    kernels = {launch.kernel.__name__ for launch, _ in traffic[20:]}
+    kernels = {launch.kernel.__name__ for launch, _ in traffic[21:]}
     assert kernels == {"linear_kernel", "add_kernel", "conv_add_kernel", "merged_kernel"}
     for launch, (moved,) in traffic:
         assert moved == pytest.approx(launch.bytes, rel=0.1), launch.name

@@ -23,6 +23,7 @@ from cmlora_kernels.combine_noise import combine_launch
 from cmlora_kernels.combine_places import local_launch, regions_launch
 from cmlora_kernels.costs import choose
 from cmlora_kernels.feature_bank import concat_channels_launch, scatter_launch
+from cmlora_kernels.geglu import geglu_launch
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.layout import dense_format
 from cmlora_kernels.modulated_norm import modulated_launch
@@ -323,6 +324,11 @@ def _rotary(x: Tensor, weight: Tensor, _: Tensor, eps: float, before: Tensor | N
     return lambda arch: iter((_kernel(launch),))
 
 
+def _geglu(x: Tensor, _: str) -> Any:
+    launch = geglu_launch(x.shape[:-1].numel(), x.shape[-1] // 2, x.dtype)
+    return lambda arch: iter((_kernel(launch),))
+
+
 def _spectrum(x: Tensor, cutoff: float, choice: Any) -> Any:
     shape, strides, dtype = tuple(x.shape), x.stride(), x.dtype
 
@@ -354,6 +360,7 @@ KERNELS: dict[str, Callable[..., Callable[[str], Iterator[Op]]]] = {
     "combine_regions": _regions,
     "modulated_norm": _modulated,
     "rotary_norm": _rotary,
+    "geglu": _geglu,
     "dominant_from_latents": _dominant,
     "high_frequency_share": lambda x, cutoff, _: _spectrum(x, cutoff, None),
 }

@@ -123,12 +123,18 @@ def _regions(normal: Any, device: torch.device, size: int, channels: int) -> Mad
     )
 
 
+def _geglu(normal: Any, device: torch.device, size: int, channels: int) -> Made:
+    x = normal(2, size, 8 * channels)
+    return lambda backend, dtype: ck.geglu(x.to(dtype), backend=backend)  # type: ignore[arg-type]
+
+
 _OPS: dict[str, Callable[..., Made]] = {
     "combine_noise": _combine,
     "radial_profile": _profile,
     "high_frequency_share": _share,
     "concat_channels": _concat,
     "scatter_rows": _scatter,
+    "geglu": _geglu,
     "masks": _masks,
     "combine_local": _local,
     "combine_regions": _regions,
