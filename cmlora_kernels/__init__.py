@@ -9,6 +9,7 @@ from cmlora_kernels.merged_bank import merge_weights, merged_linear
 from cmlora_kernels.modulated_norm import modulated_norm
 from cmlora_kernels.multi_lora import multi_lora_add_, multi_lora_linear
 from cmlora_kernels.multi_lora_conv2d import multi_lora_conv2d, multi_lora_conv2d_add_
+from cmlora_kernels.multi_lora_gate import multi_lora_geglu
 from cmlora_kernels.places import place_masks, place_strength
 from cmlora_kernels.rotary_norm import rotary_norm
 from cmlora_kernels.spectrum import high_frequency_share, radial_profile
@@ -27,6 +28,7 @@ __all__ = [
     "multi_lora_add_",
     "multi_lora_conv2d",
     "multi_lora_conv2d_add_",
+    "multi_lora_geglu",
     "multi_lora_linear",
     "place_masks",
     "place_strength",

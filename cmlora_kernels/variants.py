@@ -21,6 +21,7 @@ from cmlora_kernels.launch import Launch
 from cmlora_kernels.merged_bank import merged_launch
 from cmlora_kernels.multi_lora_add import add_launches
 from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
+from cmlora_kernels.multi_lora_gate import gated_launches
 from cmlora_kernels.multi_lora_linear import NO_WEIGHTS, linear_launch, part_rank
 from cmlora_kernels.places import blur_launch, masks_launch, strength_launch
 from cmlora_kernels.spectrum import spectrum_launch
@@ -230,6 +231,10 @@ def _lora_launches(model: UNet | Transformer, lora: Lora, arch: str) -> Iterator
         tokens, inner, outer, bias, parts = layer
         problem = Problem(rows, tokens, inner, outer, rank, parts, adapters, dtype, bias, weights)
         yield from _linear_launches(problem, arch)
+        if outer == 8 * inner:  # a UNet's feed-forward, whose gate follows
+            gated = problem._replace(gated=True)
+            fused = choose(gated, arch).strategy == "fused"
+            yield from (launch for _, launch in gated_launches(gated, arch, fused))
         if parts == 1 and not weights:
             yield merged_launch(problem, arch)
     for conv in conv_layers(model) if isinstance(model, UNet) else ():

@@ -7,7 +7,9 @@ import torch
 from diffusers.models.attention import FeedForward
 from torch import nn
 
-from cmlora.lab.bench.tiny import relative
+import cmlora
+from cmlora.lab.bench.tiny import EVERYTHING, call, relative, three_adapters
+from cmlora.lora.layers import MultiLoraLinear
 from cmlora.models.unet import layers as transformer
 
 
@@ -51,3 +53,23 @@ def test_other_activations_are_called_as_they_are(monkeypatch):
         with torch.no_grad():
             assert torch.equal(transformer._feed_forward(module, x, "triton"), module(x))
     assert not asked
+
+
+@pytest.mark.parametrize("method", ["composite", "routed"])
+def test_layers_with_adapters_have_the_gate_inside_and_no_image_changes(method, monkeypatch):
+    """`routed` has masks on the tokens. The layers run as their definitions, so that every bit is the same."""
+    pipe = three_adapters(EVERYTHING, device="cpu")
+    cmlora.accelerate(pipe, method=method, cache_interval=2, merge_weights=False)
+    want = call(pipe, 3)
+    inside, own, gate = [], transformer._feed_forward, MultiLoraLinear.through_gate
+    monkeypatch.setattr(transformer, "_feed_forward", lambda module, x, _: own(module, x, "triton"))
+    monkeypatch.setattr(MultiLoraLinear, "through_gate", lambda self, x: inside.append(gate(self, x)) or inside[-1])
+    assert torch.equal(call(pipe, 3), want)
+    assert inside
+    assert all(y is not None for y in inside)
+    hooked, heard = next(m for n, m in pipe.unet.named_modules() if n.endswith("ff.net.0.proj")), []
+    inside.clear()
+    hooked.register_forward_hook(lambda *_: heard.append(1))
+    assert relative(call(pipe, 3), want) < 1e-5, "a gate of its own, by its kernel"
+    assert heard
+    assert any(y is None for y in inside)

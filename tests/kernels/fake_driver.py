@@ -126,6 +126,7 @@ def lora() -> None:
     x = empty(2, 64, 1280)
     ck.multi_lora_linear(x, empty(3840, 1280), None, slots, *bank(1280, 3840, 3), backend="triton")
     ck.merged_linear(x, empty(6, 1280, 1280), None, slots, backend="triton")
+    ck.multi_lora_geglu(x, empty(10240, 1280), empty(10240), slots, *bank(1280, 10240), backend="triton")
     ck.multi_lora_linear(empty(2, 77, 768), empty(320, 768), None, slots, *bank(768, 320), backend="triton")
     ck.multi_lora_add_(empty(2, 64, 1280), empty(2, 64, 5120), slots, *bank(5120, 1280), backend="triton")
     images = empty(2, 320, 8, 8)
@@ -157,6 +158,8 @@ def routed() -> None:
         x, weight = empty(2, 64, 320), empty(320, 320)
         ck.multi_lora_linear(x, weight, None, slots, a, b, scales, "triton", token_weights=masks, groups=groups)
         ck.multi_lora_add_(x.clone(), x, slots, a, b, scales, "triton", token_weights=masks, groups=groups)
+        wide = empty(2560, 320), None, slots, a, empty(1, 2560, rank), scales
+        ck.multi_lora_geglu(x, *wide, "triton", token_weights=masks, groups=groups)
         images, a = empty(2, 320, 8, 8), empty(1, rank, 320, 3, 3)
         weighted = {"token_weights": masks, "groups": groups, "padding": (1, 1), "backend": "triton"}
         ck.multi_lora_conv2d_add_(images.clone(), images, slots, a, b, scales, **weighted)

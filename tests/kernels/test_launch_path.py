@@ -24,6 +24,7 @@ from cmlora_kernels import (
     multi_lora_add_,
     multi_lora_conv2d,
     multi_lora_conv2d_add_,
+    multi_lora_geglu,
     multi_lora_linear,
     place_masks,
     place_strength,
@@ -114,7 +115,7 @@ def test_kernels_move_the_bytes_that_their_formulas_say(traffic: list[tuple[Laun
     assert len(traffic) == 21
     _run_multi_lora()
     kernels = {launch.kernel.__name__ for launch, _ in traffic[21:]}
-    assert kernels == {"linear_kernel", "add_kernel", "conv_add_kernel", "merged_kernel"}
+    assert kernels == {"linear_kernel", "add_kernel", "gate_kernel", "conv_add_kernel", "merged_kernel"}
     for launch, (moved,) in traffic:
         assert moved == pytest.approx(launch.bytes, rel=0.1), launch.name
         assert launch.unique_bytes <= launch.bytes, launch.name
@@ -139,6 +140,7 @@ def _run_multi_lora() -> None:
     x, weight = torch.randn(3, 77, 80), torch.randn(96, 80)
     a, b = torch.randn(2, 8, 80), torch.randn(2, 96, 8)
     multi_lora_linear(x, weight, None, slots, a, b, scales, backend="triton")
+    multi_lora_geglu(x, weight, None, slots, a, b, scales, backend="triton")
     multi_lora_add_(torch.randn(3, 77, 96), x, slots, a, b, scales, backend="triton")
     merged_linear(x, merge_weights(weight, a, b, scales), None, slots, backend="triton")
     images, kernel = torch.randn(3, 16, 9, 10), torch.randn(24, 16, 3, 3)
@@ -153,6 +155,7 @@ def _run_weighted_multi_lora(slots: torch.Tensor, scales: torch.Tensor) -> None:
         x, a, b = torch.randn(3, 77, 80), torch.randn(2, rank, 80), torch.randn(2, 96, rank)
         routed = {"token_weights": torch.rand(3, 4, 77), "groups": torch.zeros(2, rank, dtype=torch.int32)}
         multi_lora_linear(x, torch.randn(96, 80), None, slots, a, b, scales, backend="triton", **routed)
+        multi_lora_geglu(x, torch.randn(96, 80), None, slots, a, b, scales, backend="triton", **routed)
         multi_lora_add_(torch.randn(3, 77, 96), x, slots, a, b, scales, backend="triton", **routed)
         images, down, y = torch.randn(3, 16, 9, 10), torch.randn(2, rank, 16, 3, 3), torch.randn(3, 96, 7, 8)
         routed["token_weights"] = torch.rand(3, 4, 7, 8)

@@ -29,6 +29,7 @@ from cmlora_kernels.layout import dense_format
 from cmlora_kernels.modulated_norm import modulated_launch
 from cmlora_kernels.multi_lora_add import add_launches
 from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
+from cmlora_kernels.multi_lora_gate import gated_launches
 from cmlora_kernels.multi_lora_linear import linear_launch
 from cmlora_kernels.places import blur_launch, lay_out, masks_launch, strength_launch
 from cmlora_kernels.rotary_norm import rotary_launch
@@ -185,37 +186,64 @@ def _linear(
     token_weights: Tensor | None = None,
     groups: Tensor | None = None,
 ) -> Any:
-    return _layer(Problem.of(x, slots, b, scales, bias is not None, token_weights))
+    return layer_kernels(Problem.of(x, slots, b, scales, bias is not None, token_weights))
 
 
-def _layer(p: Problem) -> Callable[[str], Iterator[Op]]:
+def _gated(x: Tensor, _: Tensor, bias: Any, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, *rest: Any) -> Any:
+    p = Problem.of(x, slots, b, scales, bias is not None, rest[1] if rest[1:] else None)._replace(gated=True)
+    used = p._replace(adapters=min(p.rows, p.adapters))
+
+    def kernels(arch: str) -> Iterator[Op]:
+        fused = choose(p, arch).strategy == "fused"
+        if not fused:
+            yield _base(p)
+        for i, (_, launch) in enumerate(gated_launches(used, arch, fused)):
+            yield _fused(launch, used) if fused and i == 0 else _update(launch, used)
+
+    return kernels
+
+
+def layer_kernels(p: Problem) -> Callable[[str], Iterator[Op]]:
+    """What `multi_lora_linear` launches for a layer, per target."""
     used = p._replace(adapters=min(p.rows, p.adapters))  # a row reads one adapter
 
     def kernels(arch: str) -> Iterator[Op]:
         strategy = choose(p, arch).strategy
         if strategy == "fused":
-            launch = linear_launch(used, arch)
-            tile, inner = launch.constexprs, p.inner
-            m, n, r = (tile[f"BLOCK_{axis}"] for axis in "MNR")
-            yield _kernel(launch, 2 * math.prod(launch.grid) * m * (inner * (n + r) + r * n), used)
+            yield _fused(linear_launch(used, arch), used)
             yield from _adds(used, arch, 1)
             return
         if strategy != "add":
             raise ValueError(f"dtype must be one that the kernels serve, got {p.dtype}")
-        m = p.rows * p.tokens
-        base = 2 * m * p.inner * p.outer
-        moved = p.dtype.itemsize * (m * (p.inner + p.outer) + p.outer * (p.inner + p.bias))
-        yield Op("linear", moved, base, base, "library")
+        yield _base(p)
         yield from _adds(used, arch)
 
     return kernels
 
 
+def _base(p: Problem) -> Op:
+    """The base GEMM by the library."""
+    m = p.rows * p.tokens
+    flops = 2 * m * p.inner * p.outer
+    moved = p.dtype.itemsize * (m * (p.inner + p.outer) + p.outer * (p.inner + p.bias))
+    return Op("linear", moved, flops, flops, "library")
+
+
+def _fused(launch: Launch, p: Problem) -> Op:
+    m, n, r = (launch.constexprs[f"BLOCK_{axis}"] for axis in "MNR")
+    return _kernel(launch, 2 * math.prod(launch.grid) * m * (p.inner * (n + r) + r * n), p)
+
+
 def _adds(p: Problem, arch: str, done: int = 0) -> Iterator[Op]:
     """The update in place, a launch per chunk of ranks but for those that are done."""
     for _, launch in add_launches(p, arch)[done:]:
-        tile, piece = launch.constexprs, int(launch.scalars["piece"])
-        yield _kernel(launch, 2 * math.prod(launch.grid) * tile["BLOCK_M"] * tile["BLOCK_R"] * (p.inner + piece), p)
+        yield _update(launch, p)
+
+
+def _update(launch: Launch, p: Problem) -> Op:
+    """Of `piece` columns, or of as many values and gates."""
+    tile, piece = launch.constexprs, int(launch.scalars["piece"]) * (2 if p.gated else 1)
+    return _kernel(launch, 2 * math.prod(launch.grid) * tile["BLOCK_M"] * tile["BLOCK_R"] * (p.inner + piece), p)
 
 
 def _add(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, _: str, *weights: Any) -> Any:
@@ -257,7 +285,7 @@ def _conv(
 
     def kernels(arch: str) -> Iterator[Op]:
         if plain and choose(pixels, arch).strategy == "fused":
-            yield from _layer(pixels)(arch)
+            yield from layer_kernels(pixels)(arch)
             return
         yield base
         yield from add(arch)
@@ -348,6 +376,7 @@ def _dominant(x: Tensor, cutoff: float, gate: float, early: int, late: int, adap
 # op -> its arguments -> target -> its kernels; an op that is missing here is a KeyError, not a wrong count
 KERNELS: dict[str, Callable[..., Callable[[str], Iterator[Op]]]] = {
     "multi_lora_linear": _linear,
+    "multi_lora_geglu": _gated,
     "multi_lora_add_": _add,
     "multi_lora_conv2d": _conv,
     "multi_lora_conv2d_add_": _conv_add,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmlora.batch.rows import Rows, Shared, add, lift
+from cmlora.lora.layers import MultiLoraLinear, forward_of
 from cmlora.lora.plain import unhooked
 from cmlora.models.unet.conditions import UNetConditions
 from cmlora_kernels import geglu
@@ -88,7 +89,9 @@ def _feed_forward(module: Any, x: Tensor, backend: Backend) -> Tensor:
     on_cpu = x.device.type == "cpu" and backend != "triton"
     if not on_cpu and _is_gated(module):
         first, *rest = module.net
-        changed: Tensor = geglu(first.proj(x), backend)
+        forward = forward_of(first.proj)
+        changed = forward.through_gate(x) if isinstance(forward, MultiLoraLinear) else None
+        changed = geglu(first.proj(x), backend) if changed is None else changed
         for layer in rest:
             changed = layer(changed)
         return changed
