@@ -132,6 +132,8 @@ def linear_tile(p: Problem, arch: str) -> Tile:
     rank, out, size = rank_bucket(max(p.rank, 1)), p.outer // p.parts, p.dtype.itemsize
     most_m, most_n, block_k, warps = _LINEAR[family(arch), size == 2][rank]
     block_m, block_n = _pow2(p.tokens, 16, most_m), _linear_width(out, rank, most_n)
+    if p.gated and rank == 16 and arch_part(arch) == "sm_100":
+        block_n = min(block_n, 64)  # its accumulator comes back all at once: with the gate 128 columns spill
     # Fill the chip before reusing more: a narrower tile costs a little more x traffic, an idle unit costs all of it.
     units = chip(arch).units
     while block_n > 64 and _programs(p, block_m, block_n) < units:
@@ -142,8 +144,6 @@ def linear_tile(p: Problem, arch: str) -> Tile:
         warps = 4  # half the accumulator is left
     elif p.rank == 0 and size == 4 and family(arch) == "wgmma":
         warps = 8  # sm_100 spills with four; there is no A to copy
-    if p.gated and arch_part(arch) == "sm_100":
-        warps = 8  # the accumulator comes back all at once, and value and gate besides spill with four
     if arch.startswith("sm_"):
         block_k = max(block_k, 2048 // (block_m * size))  # 16 bytes of x for each of 128 threads
     per_stage = (block_m + block_n + rank) * block_k * size

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cmlora.lab.bench.columns import column_folds, unpadded
+from cmlora.lab.bench.columns import cards_table, column_folds, unpadded
 from cmlora.lab.bench.counting import Trace
 from cmlora.lab.bench.folding import (
     concat_folds,
@@ -144,5 +144,5 @@ def test_heads_of_40_are_the_only_ones_that_flash_kernels_pad_to_64():
 
 def test_the_documents_show_what_the_command_prints():
     pages = [(DOCUMENTS / name).read_text() for name in ("multi_lora.md", "feature_bank.md", "geglu.md")]
-    for line in table("sd15", H100):
+    for line in (*table("sd15", H100), *cards_table("sd15", GPUS.values())):
         assert any(line in page for page in pages), line
