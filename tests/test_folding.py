@@ -75,8 +75,8 @@ def test_bytes_and_flops_of_a_fold_are_those_by_hand():
     assert elements["q, k, v"] == [norm + shrunk + a, m * 4 * width + 3840 * 1281 + shrunk + 5 * 3840 * 16]
     half, wide = m * 4 * width, 8 * width
     shrunk, a = m * 16, 5 * 16 * width
-    base, expand = m * 9 * width + wide * (width + 1), 3 * half + shrunk + 5 * wide * 16
-    assert elements["ff.net.0.proj"] == [norm + shrunk + a, base, expand]
+    fused = m * width + half + wide * (width + 1) + shrunk + 5 * wide * 16  # the gate's half is what is written
+    assert elements["ff.net.0.proj"] == [norm + shrunk + a, fused]
     for fold in geglu_folds(ops):
         assert [op.bytes // 2 for op in fold.now + fold.then] == [2 * half, 3 * half, 3 * half]
     assert len(geglu_folds(ops)) == 2
