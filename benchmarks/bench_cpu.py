@@ -77,9 +77,9 @@ def test_feed_forward(benchmark, rows: int) -> None:
     channels, side = LAYERS[0]
     layer, x = FeedForward(channels, activation_fn="geglu"), torch.randn(rows, side * side, channels)
     case = f"feed-forward, {rows} rows of {side * side} x {channels}: the engine's"
-    compare(case, lambda: transformer._feed_forward(layer, x), lambda: layer(x))
+    compare(case, lambda: transformer._feed_forward(layer, x, "auto"), lambda: layer(x))
     with torch.no_grad():
-        benchmark.pedantic(lambda: transformer._feed_forward(layer, x), rounds=1)
+        benchmark.pedantic(lambda: transformer._feed_forward(layer, x, "auto"), rounds=1)
 
 
 @pytest.mark.parametrize(("tokens", "inner", "outer"), LINEAR)

@@ -4,10 +4,12 @@ from cmlora_kernels.combine_noise import combine_noise
 from cmlora_kernels.combine_places import combine_local, combine_regions
 from cmlora_kernels.dominant import dominant_from_latents
 from cmlora_kernels.feature_bank import concat_channels, scatter_rows
+from cmlora_kernels.geglu import geglu
 from cmlora_kernels.merged_bank import merge_weights, merged_linear, merged_weight
 from cmlora_kernels.modulated_norm import modulated_norm
 from cmlora_kernels.multi_lora import multi_lora_add_, multi_lora_linear
 from cmlora_kernels.multi_lora_conv2d import multi_lora_conv2d, multi_lora_conv2d_add_
+from cmlora_kernels.multi_lora_gate import multi_lora_geglu
 from cmlora_kernels.places import place_masks, place_strength
 from cmlora_kernels.rotary_norm import rotary_norm
 from cmlora_kernels.spectrum import high_frequency_share, radial_profile
@@ -18,6 +20,7 @@ __all__ = [
     "combine_regions",
     "concat_channels",
     "dominant_from_latents",
+    "geglu",
     "high_frequency_share",
     "merge_weights",
     "merged_linear",
@@ -26,6 +29,7 @@ __all__ = [
     "multi_lora_add_",
     "multi_lora_conv2d",
     "multi_lora_conv2d_add_",
+    "multi_lora_geglu",
     "multi_lora_linear",
     "place_masks",
     "place_strength",

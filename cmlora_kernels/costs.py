@@ -52,6 +52,7 @@ def costs(p: Problem, target: str, share: float | None = None) -> tuple[Cost, ..
     blas = known.library(size)
     triton = (known.triton_share if share is None else share) * blas
     base_flops, weight, x, y = 2 * m * p.inner * p.outer, p.inner * p.outer, m * p.inner, m * p.outer
+    z = m * p.written  # where a gate follows, the last launch writes half of y
 
     def cost(strategy: str, parts: list[tuple[float, int, float]], flops: int, memory: int = 0) -> Cost:
         # Every part is one launch: (padded flops, elements moved, flops per second); it waits for the slower of two.
@@ -76,8 +77,10 @@ def costs(p: Problem, target: str, share: float | None = None) -> tuple[Cost, ..
         )
         return tuple(sorted((definition, merged), key=lambda option: option.seconds))
     chunks = [p._replace(rank=rank) for _, rank in rank_chunks(p.rank, p.dtype, target)]
-    adds = [(_add_flops(c, target), x + 2 * y + _lora(c), triton) for c in chunks]
-    inside = (_padded_flops(chunks[0], target, rank_bucket(chunks[0].rank)), x + y + weight + _lora(chunks[0]), triton)
+    last = len(chunks) - 1
+    adds = [(_add_flops(c, target), x + y + (y, z)[i == last] + _lora(c), triton) for i, c in enumerate(chunks)]
+    work, made = _padded_flops(chunks[0], target, rank_bucket(chunks[0].rank)), y if last else z
+    inside = (work, x + made + weight + _lora(chunks[0]), triton)
     flops = base_flops + 2 * m * update
     fused = cost("fused", [inside, *adds[1:]], flops)
     add = cost("add", [(base_flops, x + y + weight, blas), *adds], flops)

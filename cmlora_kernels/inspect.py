@@ -138,17 +138,22 @@ def compile_launch(launch: Launch, target: str) -> Any:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("kernels cannot be compiled in a process that runs them in Triton's interpreter")
     import triton
+
+    gpu = gpu_target(target)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    try:
+        return triton.compile(launch.source(gpu), target=gpu, options=options)
+    except Exception as error:
+        raise RuntimeError(f"{kernel_name(launch)} ({launch.name}) does not compile for {target}: {error}") from error
+
+
+def gpu_target(target: str) -> Any:
+    """Triton's name of a target such as "sm_90" or "gfx942"."""
     from triton.backends.compiler import GPUTarget
 
     if target.startswith("sm_"):
-        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    else:
-        gpu = GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    try:
-        return triton.compile(launch.source(), target=gpu, options=options)
-    except Exception as error:
-        raise RuntimeError(f"{kernel_name(launch)} ({launch.name}) does not compile for {target}: {error}") from error
+        return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    return GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
 
 
 def kernel_name(launch: Launch) -> str:

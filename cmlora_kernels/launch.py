@@ -96,9 +96,12 @@ class Launch:
         if usual and hasattr(compiled, "__getitem__") and torch.version.hip is None:  # the interpreter has none
             self._compiled[device] = compiled[self.grid]
 
-    def source(self) -> Any:
-        """The kernel as `triton.compile` takes it, specialised as the launch would be on 16-byte aligned tensors."""
-        from triton.compiler import ASTSource
+    def source(self, gpu: Any) -> Any:
+        """The kernel as `triton.compile` takes it for a GPUTarget.
+
+        It is specialised as the launch would be on tensors that begin at multiples of 16 bytes and are below 2 GiB.
+        """
+        from triton.compiler import ASTSource, make_backend
 
         names = [*self.tensors, *self.scalars, *self.constexprs]
         if names != list(self.kernel.arg_names):
@@ -108,13 +111,14 @@ class Launch:
         constants = {**absent, **ones, **self.constexprs}
         signature = {**self.tensors, **{name: _scalar_type(value) for name, value in self.scalars.items()}}
         signature = {name: "constexpr" if name in constants else signature[name] for name in names}
-        aligned = [n for n, v in self.scalars.items() if type(v) is int and v % 16 == 0]
-        aligned += [n for n, kind in self.tensors.items() if kind is not None]
+        parse = make_backend(gpu).parse_attr  # of the letters, what a backend knows: NVIDIA's has no use for the size
+        known = {n: "D" for n, v in self.scalars.items() if type(v) is int and v % 16 == 0}
+        known |= {n: "DS" for n, kind in self.tensors.items() if kind is not None}  # divisible by 16, small
         return ASTSource(
             fn=self.kernel,
             signature=signature,
             constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+            attrs={(names.index(name),): parse(letters) for name, letters in known.items()},
         )
 
 

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from cmlora_kernels.costs import choose
 from cmlora_kernels.cpu_linear import linear
 from cmlora_kernels.dispatch import Backend, check_backend, register, use_triton
-from cmlora_kernels.launch import Launch, arch_of
-from cmlora_kernels.multi_lora_add import add_launches, run_adds, triton_add
+from cmlora_kernels.launch import arch_of
+from cmlora_kernels.multi_lora_add import Launches, add_launches, run_adds, triton_add
 from cmlora_kernels.multi_lora_linear import NO_WEIGHTS, fused_linear, linear_launch, part_rank
 from cmlora_kernels.tiles import Problem, rank_chunks, supports
 
@@ -147,8 +147,6 @@ def _add_all(
 
 Laid = tuple[torch.Size, tuple[int, ...]]
 """Shape and strides of a tensor."""
-Launches = tuple[tuple[int, Launch], ...]
-"""First rank of every chunk, and its launch."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -280,12 +278,7 @@ def multi_lora_linear(
     Raises:
         ValueError: a shape, dtype or backend that does not fit; it names the argument.
     """
-    check = _check_linear if torch.compiler.is_compiling() else _check_linear_once
-    check(
-        (x.shape, weight.shape, slots.shape, a.shape, b.shape, scales.shape),
-        (x.dtype, weight.dtype, None if bias is None else bias.dtype, slots.dtype, a.dtype, b.dtype, scales.dtype),
-        backend,
-    )
+    check_linear(x, weight, bias, slots, a, b, scales, backend)
     if token_weights is not None or groups is not None:
         check_weights(token_weights, groups, (x.shape[0], x.shape[1]), a)
         weighted: Tensor = _linear(x, weight, bias, slots, a, b, scales, backend, token_weights, groups)
@@ -332,6 +325,18 @@ def check_weights(token_weights: Tensor | None, groups: Tensor | None, places: t
         raise ValueError(f"token_weights must be float32, got {token_weights.dtype}")
     if groups.dtype != torch.int32:
         raise ValueError(f"groups must be int32, got {groups.dtype}")
+
+
+def check_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, backend: str
+) -> None:
+    """Raise ValueError unless the arguments of `multi_lora_linear` fit; shapes that did are not looked at again."""
+    check = _check_linear if torch.compiler.is_compiling() else _check_linear_once
+    check(
+        (x.shape, weight.shape, slots.shape, a.shape, b.shape, scales.shape),
+        (x.dtype, weight.dtype, None if bias is None else bias.dtype, slots.dtype, a.dtype, b.dtype, scales.dtype),
+        backend,
+    )
 
 
 def _check(x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, out: int, backend: str) -> None:

@@ -26,6 +26,9 @@ from cmlora_kernels.primitives import expand_add, product, tile_of_row, weigh
 from cmlora_kernels.tiles import Problem, add_tile, cdiv, dot_precision, expand_piece, rank_bucket, rank_chunks
 from cmlora_kernels.triton_shim import tl, triton
 
+Launches = tuple[tuple[int, Launch], ...]
+"""First rank of every chunk, and its launch."""
+
 
 @triton.jit
 def add_kernel(
@@ -107,7 +110,7 @@ _STRIDES = (*_X_STRIDES, "y_row", "y_token", "y_out", *WEIGHTS_STRIDES)
 
 
 @functools.lru_cache(maxsize=4096)
-def add_launches(problem: Problem, arch: str, strides: tuple[int, ...] = ()) -> tuple[tuple[int, Launch], ...]:
+def add_launches(problem: Problem, arch: str, strides: tuple[int, ...] = ()) -> Launches:
     """The first rank of every chunk and its launch; arguments as in `add_launch`."""
     if not strides:
         x_row, x_token, x_inner, _, *rest = contiguous_strides(problem)

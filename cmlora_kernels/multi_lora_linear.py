@@ -1,6 +1,7 @@
 """The base GEMM with every row's low-rank update inside it: shrink in the K loop, expand into the accumulator.
 
 y[r] = x[r] W^T + bias + scale (x[r] A^T) B^T, with A, B and scale of row r's slot. x is read once; y is written once.
+Gated, the columns are value and gate of a GEGLU (arXiv 2002.05202), and value * gelu(gate) is what is written.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 from torch import Tensor
 
 from cmlora_kernels.launch import POINTER, Launch, arch_of
-from cmlora_kernels.primitives import load_2d, tile_of_row, weigh
+from cmlora_kernels.primitives import gated, load_2d, tile_of_row, weigh
 from cmlora_kernels.tiles import Problem, cdiv, dot_precision, linear_tile, rank_bucket, rank_chunks
 from cmlora_kernels.triton_shim import tl, triton
 
@@ -24,7 +25,7 @@ def linear_kernel(
     a_ptr,  # [slots, parts * rank, inner]
     b_ptr,  # [slots, parts * out, rank]
     scales_ptr,  # [slots, parts]
-    y_ptr,  # [rows, tokens, parts * out]
+    y_ptr,  # [rows, tokens, parts * out]; gated: half of the columns
     groups_ptr,  # [slots, parts * part_rank] or None
     weights_ptr,  # [rows, weights, tokens] or None
     tokens,
@@ -54,6 +55,7 @@ def linear_kernel(
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     tiles_n = tl.cdiv(out, BLOCK_N)
     row, first_m, tile_n = tile_of_row(tokens, PARTS * tiles_n, BLOCK_M, GROUP)
@@ -65,9 +67,11 @@ def linear_kernel(
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     k, r = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     mask_m, mask_n, mask_r = first_m + m < tokens, first_n + n < out, r < width
-    column = part * out + first_n
+    column, order = part * out + first_n, n
+    if GATED:  # value and gate of one output side by side, so that one thread has both
+        column, order = first_n // 2, n % 2 * (out // 2) + n // 2
     x_ptrs = x_ptr + row * x_row + first_m * x_token + (m[:, None] * x_token + k[None, :] * x_inner)  # [BM, BK]
-    w_ptrs = w_ptr + column * w_out + (n[None, :] * w_out + k[:, None])  # [BK, BN]
+    w_ptrs = w_ptr + column * w_out + (order[None, :] * w_out + k[:, None])  # [BK, BN]
     a_ptrs = a_ptr + slot * a_slot + part * part_rank * a_rank + (r[None, :] * a_rank + k[:, None])  # [BK, BR]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -87,12 +91,17 @@ def linear_kernel(
         groups_ptr += (slot * PARTS + part) * part_rank
         weights_ptr += row * weights_row + first_m * weights_token
         down = weigh(down, groups_ptr, weights_ptr, m, mask_m, mask_r, weights_group, weights_token)
-    b_ptrs = b_ptr + slot * b_slot + column * b_out + (n[None, :] * b_out + r[:, None])  # [BR, BN]
+    b_ptrs = b_ptr + slot * b_slot + column * b_out + (order[None, :] * b_out + r[:, None])  # [BR, BN]
     b = tl.load(b_ptrs, mask=mask_n[None, :] & mask_r[:, None], other=0.0)
     scaled = (down * tl.load(scales_ptr + slot * PARTS + part)).to(b.dtype)
     acc = tl.dot(scaled, b, acc, input_precision=PRECISION)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + column + n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + column + order, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        value, gate = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
+        acc = gated(value, gate)
+        n = tl.arange(0, BLOCK_N // 2)
+        mask_n = column + n < out // 2
     y_ptrs = y_ptr + row * y_row + first_m * y_token + column * y_out + (m[:, None] * y_token + n[None, :] * y_out)
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
@@ -139,6 +148,7 @@ def linear_launch(problem: Problem, arch: str, strides: tuple[int, ...] = ()) ->
             "GROUP": tile.group,
             "EVEN_K": p.inner % tile.block_k == 0,
             "PRECISION": dot_precision(p.dtype, arch),
+            "GATED": p.gated,
         },
         grid=(tiles_m * tiles_n, 1, 1),
         num_warps=tile.num_warps,
@@ -155,15 +165,15 @@ def _counts(p: Problem, tiles_m: int, tiles_n: int, out: int) -> tuple[int, int,
     flops = 2 * m * p.inner * p.outer + 2 * m * p.rank * (p.inner * p.parts + p.outer)
     bias = p.outer if p.bias else 0
     lora = p.rank * (p.inner * p.parts + p.outer)
-    once = m * (p.inner + p.outer) + p.outer * p.inner + bias + p.adapters * lora
+    once = m * (p.inner + p.written) + p.outer * p.inner + bias + p.adapters * lora
     # x once per tile along n; W, B and bias once per tile along m; A once per tile of either.
-    issued = m * p.inner * tiles_n + tiles_m * (p.outer * (p.inner + p.rank) + bias) + m * p.outer
+    issued = m * p.inner * tiles_n + tiles_m * (p.outer * (p.inner + p.rank) + bias) + m * p.written
     return flops, once, issued + tiles_m * tiles_n * p.rank * p.inner
 
 
 def contiguous_strides(p: Problem) -> tuple[int, ...]:
     """The strides of `linear_launch` for contiguous tensors."""
-    x, y = (p.tokens * p.inner, p.inner, 1), (p.tokens * p.outer, p.outer, 1)
+    x, y = (p.tokens * p.inner, p.inner, 1), (p.tokens * p.written, p.written, 1)
     a = (part_rank(p), p.parts * p.rank * p.inner, p.inner)
     weights = (p.weights * p.tokens, p.tokens, 1) if p.weights else NO_WEIGHTS
     return (*x, p.inner, *a, p.outer * p.rank, p.rank, *y, *weights)

@@ -72,6 +72,12 @@ def weigh(
 
 
 @triton.jit
+def gated(value, gate):
+    """value * gelu(gate) in float32, gelu by the error function."""
+    return value * (0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)))
+
+
+@triton.jit
 def expand_add(
     scaled,  # [BM, BR], in the dtype of B
     b_ptr,  # at this slot and part

@@ -7,7 +7,7 @@ and inspected without a GPU. Each threshold says its reason; csrc_docs/multi_lor
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,8 @@ class Problem(NamedTuple):
     """Sizes of one multi-LoRA linear layer; a plain tuple, since every call makes one as a cache key.
 
     `outer` spans all parts; `adapters` is the number of slots; `rank` is one part's; `weights` counts the token weights
-    that multiply the columns of x A^T, 0 without.
+    that multiply the columns of x A^T, 0 without. `gated`: the output's halves are value and gate of a GEGLU, and
+    what it makes of them is written.
     """
 
     rows: int
@@ -36,6 +37,12 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     bias: bool
     weights: int = 0
+    gated: bool = False
+
+    @property
+    def written(self) -> int:
+        """Columns of the layer's answer."""
+        return self.outer // 2 if self.gated else self.outer
 
     @staticmethod
     def of(
@@ -50,6 +57,7 @@ class Problem(NamedTuple):
         """For tables: "10x4096x320->960/3 r16 float16"."""
         parts = f"/{self.parts}" if self.parts > 1 else ""
         dtype = str(self.dtype).removeprefix("torch.") + (f" weights {self.weights}" if self.weights else "")
+        dtype += " gated" if self.gated else ""
         return f"{self.rows}x{self.tokens}x{self.inner}->{self.outer}{parts} r{self.rank} {dtype}"
 
 
@@ -124,6 +132,8 @@ def linear_tile(p: Problem, arch: str) -> Tile:
     rank, out, size = rank_bucket(max(p.rank, 1)), p.outer // p.parts, p.dtype.itemsize
     most_m, most_n, block_k, warps = _LINEAR[family(arch), size == 2][rank]
     block_m, block_n = _pow2(p.tokens, 16, most_m), _linear_width(out, rank, most_n)
+    if p.gated and rank == 16 and arch_part(arch) == "sm_100":
+        block_n = min(block_n, 64)  # its accumulator comes back all at once: with the gate 128 columns spill
     # Fill the chip before reusing more: a narrower tile costs a little more x traffic, an idle unit costs all of it.
     units = chip(arch).units
     while block_n > 64 and _programs(p, block_m, block_n) < units:
@@ -165,6 +175,12 @@ def add_tile(p: Problem, arch: str) -> Tile:
     if arch_part(arch) == "sm_80" and rank == 128 and size == 2 and p.weights:
         stages = 2  # three spill four bytes in the channels-last convolution
     return Tile(block_m, block_n, block_k, warps, stages)
+
+
+def gate_tile(p: Problem, arch: str) -> Tile:
+    """The tile of the update that goes on to a GEGLU's gate: as `add_tile`, but of two tiles of y half as wide."""
+    tile = add_tile(p, arch)
+    return replace(tile, block_n=max(tile.block_n // 2, 16))
 
 
 def expand_piece(programs: int, out: int, block_n: int, arch: str) -> int:

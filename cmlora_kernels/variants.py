@@ -16,11 +16,13 @@ from cmlora_kernels.combine_noise import combine_launch
 from cmlora_kernels.combine_places import local_launch, regions_launch
 from cmlora_kernels.costs import choose
 from cmlora_kernels.feature_bank import concat_channels_launch, scatter_launch
+from cmlora_kernels.geglu import geglu_launch
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.merged_bank import merged_launch
 from cmlora_kernels.modulated_norm import modulated_launch
 from cmlora_kernels.multi_lora_add import add_launches
 from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
+from cmlora_kernels.multi_lora_gate import gated_launches
 from cmlora_kernels.multi_lora_linear import NO_WEIGHTS, linear_launch, part_rank
 from cmlora_kernels.places import blur_launch, masks_launch, strength_launch
 from cmlora_kernels.rotary_norm import rotary_launch
@@ -232,6 +234,10 @@ def _lora_launches(model: UNet | Transformer, lora: Lora, arch: str) -> Iterator
         tokens, inner, outer, bias, parts = layer
         problem = Problem(rows, tokens, inner, outer, rank, parts, adapters, dtype, bias, weights)
         yield from _linear_launches(problem, arch)
+        if outer == 8 * inner:  # a UNet's feed-forward, whose gate follows
+            gated = problem._replace(gated=True)
+            fused = choose(gated, arch).strategy == "fused"
+            yield from (launch for _, launch in gated_launches(gated, arch, fused))
         if parts == 1 and not weights:
             yield merged_launch(problem, arch)
     for conv in conv_layers(model) if isinstance(model, UNet) else ():
@@ -311,6 +317,9 @@ def _step_launches(unet: UNet, adapters: int, dtype: torch.dtype, arch: str) -> 
     yield scatter_launch(2, deep * size * size, dtype)
     latent = 4 * size * size
     yield combine_launch(adapters, 2, latent, dtype)
+    for level, depth in enumerate(unet.depth):
+        if depth:
+            yield geglu_launch(rows * (size >> level) ** 2, 4 * unet.channels[level], dtype)
     yield from _place_launches(size, adapters, dtype)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmlora.lab.bench.counting import Op, Trace
+from cmlora.lab.bench.counting import Trace
+from cmlora.lab.bench.launched import Op
 from cmlora.lab.bench.loop import CachedLoop
 from cmlora.lab.bench.roofline import (
     GPUS,

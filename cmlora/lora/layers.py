@@ -20,7 +20,14 @@ from cmlora.batch.running import Running
 from cmlora.lora.bank import AdapterBank, LayerBank, outline, tuner_layers
 from cmlora.lora.plain import computes_plainly, hooked, unhooked
 from cmlora.lora.winograd import is_transformed
-from cmlora_kernels import merged_linear, multi_lora_add_, multi_lora_conv2d, multi_lora_conv2d_add_, multi_lora_linear
+from cmlora_kernels import (
+    merged_linear,
+    multi_lora_add_,
+    multi_lora_conv2d,
+    multi_lora_conv2d_add_,
+    multi_lora_geglu,
+    multi_lora_linear,
+)
 from cmlora_kernels.cpu_linear import linear
 
 
@@ -141,6 +148,33 @@ class MultiLoraLinear(MultiLora):
         else:
             y = multi_lora_linear(tokens, base.weight, base.bias, slots, bank.a, bank.b, bank.scales, **how)
         return y if x.ndim == 3 else y.view(*x.shape[:-1], y.shape[-1])
+
+    def through_gate(self, x: Tensor) -> Tensor | None:
+        """value * gelu(gate) of the halves of what the layer answers to x [rows, tokens, in], as one op.
+
+        None where that is not what a call computes: the caller then calls the layer, and the gate behind it.
+        """
+        bank, base = self.bank, self.base
+        if not self.in_force or bank is None or hooked(self.layer) or not self.plain(bank):
+            return None
+        if self.merged is not None or self.whole is not None:  # then no low-rank work is left for the op to take in
+            return None
+        if x.ndim != 3 or x.dtype != bank.a.dtype:
+            return None
+        self.seen = (x.shape[0], x.shape[1])
+        weights = self.running.weights(*self.seen, placeless=self.placeless)
+        return multi_lora_geglu(
+            x,
+            base.weight,
+            base.bias,
+            self.running.slots(x.shape[0]),
+            bank.a,
+            bank.b,
+            bank.scales,
+            backend=self.backend,
+            token_weights=weights,
+            groups=None if weights is None else bank.masked,
+        )
 
     def plain(self, bank: LayerBank) -> bool:
         """Whether the base is its weight and nothing else; asked in every call: a hook may have come since."""

@@ -166,10 +166,10 @@ def test_a_feed_forward_that_is_not_plain_is_called_as_it_is():
     """Hooks inside are heard, dropout in training is done, another activation is another activation."""
     plain, x = FeedForward(16, activation_fn="geglu"), torch.randn(2, 5, 16)
     assert transformer._is_plain(plain)
-    assert relative(transformer._feed_forward(plain, x), plain.double()(x.double())) < 1e-6
+    assert relative(transformer._feed_forward(plain, x, "auto"), plain.double()(x.double())) < 1e-6
     heard = []
     plain.float().net[2].register_forward_hook(lambda *a: heard.append(a))
-    transformer._feed_forward(plain, x)
+    transformer._feed_forward(plain, x, "auto")
     assert len(heard) == 1
     assert not transformer._is_plain(nn.Identity())
     assert not transformer._is_plain(FeedForward(16, activation_fn="gelu"))

@@ -1,6 +1,7 @@
-"""Run every op with the tensors of a step of SD1.5 or Flux under a CUDA driver that only writes down what it is asked.
+"""Run every op with the tensors of a step of SD1.5 or Flux under a driver that only writes down what it is asked.
 
-A program of its own: the kernels must be imported without TRITON_INTERPRET. Prints one JSON line per launch.
+A program of its own: the kernels must be imported without TRITON_INTERPRET. Its argument is the target, "sm_90" or
+"gfx942". Prints one JSON line per launch.
 """
 
 import importlib
@@ -12,22 +13,21 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import cmlora_kernels as ck
 from cmlora.lab.doctor.cases import variants_of
 from cmlora.lab.doctor.step_cases import step_cases
 from cmlora_kernels import launch as launch_module
+from cmlora_kernels.inspect import gpu_target
 
-TARGET = GPUTarget("cuda", 90, 32)
 current: list[launch_module.Launch] = []
 
 
 def fake_compile(source: Any, target: Any = None, options: dict[str, Any] | None = None, **_: Any) -> Any:
     """Stands in for triton.compile: holds what the JIT specialised against what the inspection compiles."""
     launch, options = current[-1], options or {}
-    inspected = launch.source()
+    inspected = launch.source(driver.active.get_current_target())
     for each in (source, inspected):  # without the empty ones, in one order: the hash is of their text
         each.attrs = {place: attribute for place, attribute in sorted(each.attrs.items()) if attribute}
     same = source.hash() == inspected.hash()
@@ -70,10 +70,10 @@ def fake_compile(source: Any, target: Any = None, options: dict[str, Any] | None
     return Compiled()
 
 
-def install() -> None:
+def install(target: str) -> None:
     """Put the fake driver, the fake compiler and the choice of Triton on CPU tensors in place."""
     interface = SimpleNamespace(
-        get_current_target=lambda: TARGET, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+        get_current_target=lambda: gpu_target(target), get_current_device=lambda: 0, get_current_stream=lambda device: 0
     )
     driver.set_active(interface)
     triton.compiler.compile = fake_compile
@@ -89,7 +89,7 @@ def install() -> None:
         if hasattr(module, "use_triton"):
             module.use_triton = lambda tensor, backend: backend == "triton"
         if hasattr(module, "arch_of"):
-            module.arch_of = lambda device: "sm_90"
+            module.arch_of = lambda device: target
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -112,6 +112,7 @@ def step() -> None:
     ck.concat_channels(bank.to(memory_format=last), skip.to(memory_format=last), backend="triton")
     noise, weights = empty(rows, 4, 64, 64), torch.ones(5, 2)
     ck.combine_noise(noise, weights, backend="triton")
+    ck.geglu(empty(rows, 256, 2560), backend="triton")
     lora()
 
 
@@ -125,6 +126,7 @@ def lora() -> None:
     x = empty(2, 64, 1280)
     ck.multi_lora_linear(x, empty(3840, 1280), None, slots, *bank(1280, 3840, 3), backend="triton")
     ck.merged_linear(x, empty(6, 1280, 1280), None, slots, backend="triton")
+    ck.multi_lora_geglu(x, empty(10240, 1280), empty(10240), slots, *bank(1280, 10240), backend="triton")
     ck.multi_lora_linear(empty(2, 77, 768), empty(320, 768), None, slots, *bank(768, 320), backend="triton")
     ck.multi_lora_add_(empty(2, 64, 1280), empty(2, 64, 5120), slots, *bank(5120, 1280), backend="triton")
     images = empty(2, 320, 8, 8)
@@ -156,6 +158,8 @@ def routed() -> None:
         x, weight = empty(2, 64, 320), empty(320, 320)
         ck.multi_lora_linear(x, weight, None, slots, a, b, scales, "triton", token_weights=masks, groups=groups)
         ck.multi_lora_add_(x.clone(), x, slots, a, b, scales, "triton", token_weights=masks, groups=groups)
+        wide = empty(2560, 320), None, slots, a, empty(1, 2560, rank), scales
+        ck.multi_lora_geglu(x, *wide, "triton", token_weights=masks, groups=groups)
         images, a = empty(2, 320, 8, 8), empty(1, rank, 320, 3, 3)
         weighted = {"token_weights": masks, "groups": groups, "padding": (1, 1), "backend": "triton"}
         ck.multi_lora_conv2d_add_(images.clone(), images, slots, a, b, scales, **weighted)
@@ -174,10 +178,10 @@ def norms() -> None:
     ck.rotary_norm(image, weight, turns, 1e-6, prompt, weight, backend="triton")
 
 
-def doctor() -> None:
+def doctor(target: str) -> None:
     """What `cmlora doctor` launches on a GPU: its cheapest variants, aligned, and the kernels of a step."""
     cpu = torch.device("cpu")
-    layers = variants_of("sm_90", torch.float16, (16,))
+    layers = variants_of(target, torch.float16, (16,))
     cheapest = [next(case for case in layers if case.name.startswith(kind)) for kind in ("fused", "add", "merged")]
     convolutions = [case for case in layers if case.name.startswith("conv")][:2]
     for case in (*cheapest, *convolutions, *step_cases(torch.float16, 16, 8)):
@@ -186,10 +190,10 @@ def doctor() -> None:
 
 
 if __name__ == "__main__":
-    install()
+    install(sys.argv[1])
     step()
     places()
     norms()
     routed()
     routed()  # kernels that were compiled are launched without asking Triton
-    doctor()
+    doctor(sys.argv[1])

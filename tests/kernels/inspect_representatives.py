@@ -20,6 +20,7 @@ EVERYWHERE = {  # the kernels with matrix products and those that fill the regis
     ("linear_kernel", "float16"),
     ("linear_kernel", "float32"),
     ("add_kernel", "bfloat16"),
+    ("gate_kernel", "float16"),
     ("conv_add_kernel", "float16"),
     ("spectrum_kernel", "float16"),
     ("modulated_norm_kernel", "float16"),
@@ -41,19 +42,20 @@ SHOWN = (
 
 
 def representatives(target: str) -> list[Variant]:
-    """Of each kernel and dtype the variant that moves most, with token weights and without, convolutions in either
-    layout; the copying kernels in fp16 on one target per vendor. Transformers add the kernels that they alone have.
+    """Of each kernel and dtype the variant that moves most, with token weights or a gate and without, convolutions in
+    either layout; the copying kernels in fp16 on one target per vendor; of transformers what they alone have.
 
     The smallest linear layer in float32, whose tile of 16 tokens once spilled. And the linear layer and the update in
     place whose pipelines take most shared memory.
     """
-    most: dict[tuple[str, str, bool, bool], Variant] = {}
+    most: dict[tuple[str, str, bool, bool, bool], Variant] = {}
     known = variants(target, ranks=(16,))
     names = {v.launch.kernel.__name__ for v in known}
     others = [v for v in variants(target, TRANSFORMERS, ranks=()) if v.launch.kernel.__name__ not in names]
     for variant in (*known, *others):
         key = (variant.launch.kernel.__name__, str(variant.dtype).removeprefix("torch."))
-        form = (*key, is_weighted(variant), variant.launch.scalars.get("x_channel") == 1)
+        launch = variant.launch
+        form = (*key, is_weighted(variant), launch.scalars.get("x_channel") == 1, launch.constexprs.get("GATED", False))
         wanted = key in EVERYWHERE or (target in ("sm_90", "gfx942") and key[1] == "float16")
         if wanted and (form not in most or variant.launch.bytes > most[form].launch.bytes):
             most[form] = variant

@@ -7,34 +7,16 @@ our own ops counts as the kernels that it launches there, by the kernels' own co
 from __future__ import annotations
 
 import collections
-import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from cmlora_kernels.combine_noise import combine_launch
-from cmlora_kernels.combine_places import local_launch, regions_launch
-from cmlora_kernels.costs import choose
-from cmlora_kernels.feature_bank import concat_channels_launch, scatter_launch
-from cmlora_kernels.launch import Launch
-from cmlora_kernels.layout import dense_format
-from cmlora_kernels.merged_bank import merged_launch
-from cmlora_kernels.modulated_norm import modulated_launch
-from cmlora_kernels.multi_lora_add import add_launches
-from cmlora_kernels.multi_lora_conv import ConvProblem, conv_add_launches
-from cmlora_kernels.multi_lora_linear import linear_launch
-from cmlora_kernels.places import blur_launch, lay_out, masks_launch, strength_launch
-from cmlora_kernels.rotary_norm import rotary_launch
-from cmlora_kernels.spectrum import spectrum_launch
-from cmlora_kernels.spectrum_finish import finish_launch
-from cmlora_kernels.tiles import Problem
+from cmlora.lab.bench.launched import KERNELS, Op, Unit, bytes_of, tensors_in
 
 VIEWS = {
     *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select"),
@@ -44,29 +26,6 @@ VIEWS = {
 }
 WRITE_ONLY = {"copy_", "fill_", "zero_"}  # what they write is not read before
 PICKING = {"index_select", "index", "gather", "embedding"}  # of their source they read what they return
-
-Unit = Literal["none", "library", "triton", "attention"]
-
-
-@dataclass(frozen=True)
-class Op:
-    """One kernel on the device.
-
-    Attributes:
-        name: of the op or the launch.
-        bytes: read and written, every element once.
-        flops: multiplications and additions (2 per multiply-add) on unpadded sizes; elementwise work is not counted.
-        work: the flops that the matrix units really do, whole tiles.
-        unit: whose matrix kernel it is: cuBLAS's or cuDNN's, ours, the flash-attention kernel; "none" is elementwise.
-        problem: the layer of a multi-LoRA launch; the adapters are those that its rows can name.
-    """
-
-    name: str
-    bytes: int
-    flops: int = 0
-    work: int = 0
-    unit: Unit = "none"
-    problem: Problem | None = None
 
 
 class Operations(TorchDispatchMode):
@@ -125,7 +84,7 @@ class Trace(TorchDispatchMode):
         out, name = func(*args, **kwargs), func.overloadpacket.__name__
         if func.namespace == "cmlora_kernels":
             self._seen.append(KERNELS[name](*args, **kwargs))
-        elif name not in VIEWS and any(t.is_meta for t in _tensors((args, kwargs, out))):
+        elif name not in VIEWS and any(t.is_meta for t in tensors_in((args, kwargs, out))):
             count = flop_registry.get(func.overloadpacket)
             flops = count(*args, **kwargs, out_val=out) if count else 0
             unit: Unit = "library" if flops else "none"
@@ -141,11 +100,11 @@ class _OneKernel(TorchFunctionMode):
         self.trace = trace
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         if func is torch.nn.functional.scaled_dot_product_attention:
             return self._attention(tensors)
         if func is torch.nn.functional.rms_norm and len({t.dtype for t in tensors}) == 1:
-            self.trace.add(Op("rms_norm", sum(map(_bytes, tensors)) + _bytes(tensors[0])))
+            self.trace.add(Op("rms_norm", sum(map(bytes_of, tensors)) + bytes_of(tensors[0])))
             return torch.empty_like(tensors[0])
         return func(*args, **(kwargs or {}))
 
@@ -154,230 +113,15 @@ class _OneKernel(TorchFunctionMode):
         rows, heads, tokens, width = query.shape
         flops = sdpa_flop_count(query.shape, key.shape, value.shape)
         padded = -(-width // 32) * 32  # flash kernels hold whole multiples of 32 columns of a head
-        moved = sum(map(_bytes, tensors)) + _bytes(query)
+        moved = sum(map(bytes_of, tensors)) + bytes_of(query)
         self.trace.add(Op("attention", moved, flops, flops * padded // width, "attention"))
         return query.new_empty(rows, tokens, heads, width).transpose(1, 2)  # as the CUDA kernels lay it
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
-
-
-def _bytes(tensor: Tensor) -> int:
-    """Bytes of the elements that differ: an expanded dimension is one."""
-    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size)
-    return math.prod(sizes) * tensor.element_size()
-
-
 def _moved(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
-    given, made = list(_tensors((args, kwargs))), list(_tensors(out))
+    given, made = list(tensors_in((args, kwargs))), list(tensors_in(out))
     if name in PICKING:
-        return 2 * sum(map(_bytes, made)) + sum(map(_bytes, given[1:]))
+        return 2 * sum(map(bytes_of, made)) + sum(map(bytes_of, given[1:]))
     read = given[1:] if name in WRITE_ONLY else given
     written = made or given[:1]  # an op that returns nothing wrote into its first argument
-    return sum(map(_bytes, read)) + sum(map(_bytes, written))
-
-
-def _kernel(launch: Launch, work: int = 0, problem: Problem | None = None) -> Op:
-    return Op(launch.name, launch.unique_bytes, launch.flops, work, "triton" if work else "none", problem)
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Any,
-    slots: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scales: Tensor,
-    _: str,
-    token_weights: Tensor | None = None,
-    groups: Tensor | None = None,
-) -> Any:
-    return _layer(Problem.of(x, slots, b, scales, bias is not None, token_weights))
-
-
-def _layer(p: Problem) -> Callable[[str], Iterator[Op]]:
-    used = p._replace(adapters=min(p.rows, p.adapters))  # a row reads one adapter
-
-    def kernels(arch: str) -> Iterator[Op]:
-        strategy = choose(p, arch).strategy
-        if strategy == "fused":
-            launch = linear_launch(used, arch)
-            tile, inner = launch.constexprs, p.inner
-            m, n, r = (tile[f"BLOCK_{axis}"] for axis in "MNR")
-            yield _kernel(launch, 2 * math.prod(launch.grid) * m * (inner * (n + r) + r * n), used)
-            yield from _adds(used, arch, 1)
-            return
-        if strategy != "add":
-            raise ValueError(f"dtype must be one that the kernels serve, got {p.dtype}")
-        m = p.rows * p.tokens
-        base = 2 * m * p.inner * p.outer
-        moved = p.dtype.itemsize * (m * (p.inner + p.outer) + p.outer * (p.inner + p.bias))
-        yield Op("linear", moved, base, base, "library")
-        yield from _adds(used, arch)
-
-    return kernels
-
-
-def _adds(p: Problem, arch: str, done: int = 0) -> Iterator[Op]:
-    """The update in place, a launch per chunk of ranks but for those that are done."""
-    for _, launch in add_launches(p, arch)[done:]:
-        tile, piece = launch.constexprs, int(launch.scalars["piece"])
-        yield _kernel(launch, 2 * math.prod(launch.grid) * tile["BLOCK_M"] * tile["BLOCK_R"] * (p.inner + piece), p)
-
-
-def _merged(x: Tensor, bank: Tensor, bias: Any, slots: Tensor, _: str) -> Any:
-    rows, tokens, inner = x.shape
-    used = min(rows, bank.shape[0] - 1)  # a row reads one weight
-    p = Problem(rows, tokens, inner, bank.shape[1], 0, 1, used, x.dtype, bias is not None)
-
-    def kernels(arch: str) -> Iterator[Op]:
-        launch = merged_launch(p, arch)
-        m, n = (launch.constexprs[f"BLOCK_{axis}"] for axis in "MN")
-        yield _kernel(launch, 2 * math.prod(launch.grid) * m * n * inner)
-
-    return kernels
-
-
-def _add(y: Tensor, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, _: str, *weights: Any) -> Any:
-    p = Problem.of(x, slots, b, scales, False, weights[0] if weights else None)
-    return lambda arch: _adds(p._replace(adapters=min(p.rows, p.adapters)), arch)
-
-
-def _conv_add(
-    y: Any, x: Tensor, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, *rest: Any
-) -> Callable[[str], Iterator[Op]]:
-    stride, padding, dilation, _, *weights = rest
-    count = weights[0].shape[1] if weights and weights[0] is not None else 0
-    geometry: list[Any] = [tuple(a.shape[3:]), tuple(stride), tuple(padding), tuple(dilation)]
-    sizes: list[Any] = [*x.shape, b.shape[1], a.shape[1], min(x.shape[0], a.shape[0]), x.dtype]
-    p = ConvProblem._make([*sizes, *geometry, count])
-
-    def kernels(arch: str) -> Iterator[Op]:
-        for _, launch in conv_add_launches(p, arch):
-            tile, piece = launch.constexprs, int(launch.scalars["piece"])
-            padded = 2 * math.prod(launch.grid) * tile["BLOCK_M"] * tile["BLOCK_R"]
-            yield _kernel(launch, padded * (math.prod(a.shape[2:]) + piece))
-
-    return kernels
-
-
-def _conv(
-    x: Tensor, weight: Tensor, bias: Any, slots: Tensor, a: Tensor, b: Tensor, scales: Tensor, *rest: Any
-) -> Callable[[str], Iterator[Op]]:
-    stride, padding, dilation, _, *weights = rest
-    add = _conv_add(None, x, slots, a, b, scales, *rest)
-    y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation)
-    flops, moved = 2 * y.numel() * math.prod(weight.shape[1:]), sum(map(_bytes, _tensors((x, weight, bias, y))))
-    base = Op("convolution", moved, flops, flops, "library")
-    plain = weight.shape[2:] == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
-    outer, inner = weight.shape[:2]
-    count = weights[0].shape[1] if weights and weights[0] is not None else 0
-    rows, one = x.shape[0], y[0, 0].numel()
-    pixels = Problem(rows, one, inner, outer, a.shape[1], 1, a.shape[0], x.dtype, bias is not None, count)
-
-    def kernels(arch: str) -> Iterator[Op]:
-        if plain and choose(pixels, arch).strategy == "fused":
-            yield from _layer(pixels)(arch)
-            return
-        yield base
-        yield from add(arch)
-
-    return kernels
-
-
-def _concat(bank: Tensor, skip: Tensor, _: str) -> Any:
-    rows, channels, height, width = skip.shape
-    last = dense_format(bank, skip) is torch.channels_last
-    launch = concat_channels_launch(rows, bank.shape[1], channels, height * width, bank.dtype, last)
-    return lambda arch: iter((_kernel(launch),))
-
-
-def _scatter(bank: Tensor, rows: Tensor, index: Tensor, _: str) -> Any:
-    launch = scatter_launch(rows.shape[0], bank[0].numel(), bank.dtype)
-    return lambda arch: iter((_kernel(launch),))
-
-
-def _combine(noise: Tensor, coefficients: Tensor, _: str) -> Any:
-    launch = combine_launch(*coefficients.shape, noise[0].numel(), noise.dtype)
-    return lambda arch: iter((_kernel(launch),))
-
-
-def _strength(noise: Tensor, adapters: Tensor, bases: Tensor, first: int, images: int, *rest: Any) -> Any:
-    previous, keep, _ = rest
-    shape, strides = (first + images, images, noise.shape[1], noise[0, 0].numel()), lay_out(noise)[1]
-    kept = None if previous is None else keep
-    launch = strength_launch(shape, strides, adapters.shape[0], first, kept, noise.dtype)
-    return lambda arch: iter((_kernel(launch),))
-
-
-def _masks(strength: Tensor, temperature: float, blur: int, own: bool, _: str) -> Any:
-    adapters, images, height, width = strength.shape
-    launches = (
-        blur_launch(adapters, images, height, width, blur),
-        masks_launch(adapters, images, height * width, temperature, own),
-    )
-    return lambda arch: map(_kernel, launches)
-
-
-def _local(noise: Tensor, masks: Tensor, coefficients: Tensor, *rest: Any) -> Any:
-    *_, base_at, base, _ = rest
-    shape = (coefficients.shape[1], masks.shape[1], noise.shape[1], noise[0, 0].numel())
-    number = base if base_at is None else None
-    launch = local_launch(shape, lay_out(noise)[1], masks.shape[0], number, noise.dtype)
-    return lambda arch: iter((_kernel(launch),))
-
-
-def _regions(noise: Tensor, regions: Tensor, coefficients: Tensor, _: str) -> Any:
-    shape = (coefficients.shape[1], regions.shape[1], noise.shape[1], noise[0, 0].numel())
-    launch = regions_launch(shape, lay_out(noise)[1], regions.shape[0], noise.dtype)
-    return lambda arch: iter((_kernel(launch),))
-
-
-def _modulated(x: Tensor, shift: Tensor, _: Tensor, eps: float, __: str) -> Any:
-    launch = modulated_launch(tuple(x.shape), shift.shape[0], (x.stride(0), shift.stride(0)), x.dtype, eps)
-    return lambda arch: iter((_kernel(launch),))
-
-
-def _rotary(x: Tensor, weight: Tensor, _: Tensor, eps: float, before: Tensor | None, *__: Any) -> Any:
-    rows, tokens, stride = (0, 0, 0) if before is None else (*before.shape[:2], before.stride(0))
-    launch = rotary_launch(tuple(x.shape), (rows, tokens), (x.stride(0), stride), x.dtype, weight.dtype, eps)
-    return lambda arch: iter((_kernel(launch),))
-
-
-def _spectrum(x: Tensor, cutoff: float, choice: Any) -> Any:
-    shape, strides, dtype = tuple(x.shape), x.stride(), x.dtype
-
-    def kernels(arch: str) -> Iterator[Op]:
-        launch = spectrum_launch(shape, strides, dtype, True, arch)
-        yield _kernel(launch)
-        parts = launch.grid[0] * launch.grid[1]
-        yield _kernel(finish_launch(shape[0], *shape[2:], parts, cutoff, choice))
-
-    return kernels
-
-
-def _dominant(x: Tensor, cutoff: float, gate: float, early: int, late: int, adapters: int, *rest: Any) -> Any:
-    return _spectrum(x, cutoff, (gate, early, late, adapters, *rest[:2]))
-
-
-# op -> its arguments -> target -> its kernels; an op that is missing here is a KeyError, not a wrong count
-KERNELS: dict[str, Callable[..., Callable[[str], Iterator[Op]]]] = {
-    "multi_lora_linear": _linear,
-    "merged_linear": _merged,
-    "multi_lora_add_": _add,
-    "multi_lora_conv2d": _conv,
-    "multi_lora_conv2d_add_": _conv_add,
-    "concat_channels": _concat,
-    "scatter_rows": _scatter,
-    "combine_noise": _combine,
-    "place_strength": _strength,
-    "place_masks": _masks,
-    "combine_local": _local,
-    "combine_regions": _regions,
-    "modulated_norm": _modulated,
-    "rotary_norm": _rotary,
-    "dominant_from_latents": _dominant,
-    "high_frequency_share": lambda x, cutoff, _: _spectrum(x, cutoff, None),
-}
+    return sum(map(bytes_of, read)) + sum(map(bytes_of, written))

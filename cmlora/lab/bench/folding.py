@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from cmlora.lab.bench.counting import Op
+from cmlora.lab.bench.launched import Op, layer_kernels
 from cmlora.lab.bench.roofline import RANK, Assumptions, Gpu, step_time
 from cmlora.lab.bench.steps import ATTENTION, FEED_FORWARD, INTERVAL, MODELS, MetaPipe
 from cmlora.lab.markdown import header, row
@@ -37,7 +37,7 @@ def seconds(ops: Ops, gpu: Gpu) -> float:
 
 
 def layers(ops: Ops) -> Iterator[tuple[str, Op, tuple[Op, ...], Problem]]:
-    """Every multi-LoRA linear whose x a layer norm or a GEGLU has just made: its kind, that producer, its launches."""
+    """Every multi-LoRA linear whose x a layer norm has just made: its kind, that producer, its launches."""
     for i, op in enumerate(ops):
         if op.problem is None:
             continue
@@ -46,17 +46,15 @@ def layers(ops: Ops) -> Iterator[tuple[str, Op, tuple[Op, ...], Problem]]:
         if producer.name == "native_layer_norm":
             kind = "q, k, v" if p.parts == 3 else "ff.net.0.proj" if p.outer > p.inner else "attn2.to_q"
             yield kind, producer, tuple(ops[first : i + 1]), p
-        elif [op.name for op in ops[first - 2 : first]] == ["gelu", "mul"]:
-            yield "ff.net.2", Op("geglu", producer.bytes), tuple(ops[first : i + 1]), p
 
 
 def is_fused(op: Op) -> bool:
     """Whether a launch is a base GEMM with the update inside."""
-    return op.problem is not None and not op.name.startswith("add ")
+    return op.problem is not None and not op.name.startswith(("add ", "gate "))
 
 
 def shrink_folds(ops: Ops, gpu: Gpu) -> list[Fold]:
-    """The shrink moved into the producer of x; a GEGLU is one kernel before and after, since that needs no LoRA."""
+    """The shrink moved into the producer of x."""
     return [Fold(kind, (x, *layer), (with_shrink(x, p), *expanding(p, gpu))) for kind, x, layer, p in layers(ops)]
 
 
@@ -76,13 +74,20 @@ def expanding(p: Problem, gpu: Gpu) -> tuple[Op, ...]:
     m, size, rank = p.rows * p.tokens, p.dtype.itemsize, rank_bucket(p.rank)
     base_flops, expand_flops = 2 * m * p.inner * p.outer, 2 * m * p.rank * p.outer
     base = size * (m * (p.inner + p.outer) + p.outer * (p.inner + p.bias))
+    spared = size * m * (p.outer - p.written)
     update = size * (m * p.parts * p.rank + p.adapters * p.outer * p.rank)
     tile, block_m = linear_tile(p._replace(rank=0), gpu.arch), add_tile(p, gpu.arch).block_m
     work = fused_work(p, tile.block_m, tile.block_n, shrinks=0)
-    fused = (Op("linear, expand", base + update, base_flops + expand_flops, work, "triton"),)
+    fused = (Op("linear, expand", base - spared + update, base_flops + expand_flops, work, "triton"),)
     add = (
         Op("linear", base, base_flops, base_flops, "library"),
-        Op("expand", update + 2 * size * m * p.outer, expand_flops, 2 * _tokens(p, block_m) * rank * p.outer, "triton"),
+        Op(
+            "expand",
+            update + 2 * size * m * p.outer - spared,
+            expand_flops,
+            2 * _tokens(p, block_m) * rank * p.outer,
+            "triton",
+        ),
     )
     return min(fused, add, key=lambda ops: seconds(ops, gpu))
 
@@ -121,9 +126,46 @@ def dearer(op: Op, gpu: Gpu) -> Op:
 
 
 def geglu_folds(ops: Ops) -> list[Fold]:
-    """Every GEGLU as one kernel, with or without LoRA: it moves what mul moves, two halves in and their product out."""
-    pairs = [(a, b) for a, b in itertools.pairwise(ops) if (a.name, b.name) == ("gelu", "mul")]
-    return [Fold("GEGLU in one pass", pair, (Op("geglu", pair[1].bytes),)) for pair in pairs]
+    """What a GEGLU as one kernel spares, wherever it runs: gelu writes what mul reads."""
+    found = [op for op in ops if op.name.startswith("geglu ")] + [geglu(p) for p, _ in gated_layers(ops)]
+    return [Fold("GEGLU in one pass", (Op("gelu", 2 * op.bytes // 3), Op("mul", op.bytes)), (op,)) for op in found]
+
+
+def geglu(p: Problem) -> Op:
+    """The gate behind a layer as a kernel of its own."""
+    return Op("geglu", 3 * p.dtype.itemsize * p.rows * p.tokens * p.outer // 2)
+
+
+def lora_layers(ops: Ops) -> Iterator[tuple[Problem, tuple[Op, ...]]]:
+    """Every multi-LoRA linear and its launches."""
+    launches: list[Op] = []
+    for op, after in itertools.zip_longest(ops, ops[1:]):
+        if op.problem is None:
+            launches = [op] if op.name == "linear" else []  # the library's base GEMM has no problem of its own
+            continue
+        launches.append(op)
+        if after is None or after.problem is None or is_fused(after):
+            yield op.problem, tuple(launches)
+            launches = []
+
+
+def gated_layers(ops: Ops) -> Iterator[tuple[Problem, tuple[Op, ...]]]:
+    """Those of them that have their gate inside."""
+    return ((p, launches) for p, launches in lora_layers(ops) if p.gated)
+
+
+def gate_folds(ops: Ops, gpu: Gpu) -> list[Fold]:
+    """What the gate inside a layer spares of the layer and a GEGLU in one pass behind it."""
+    return [
+        Fold("GEGLU in its layer", (*layer_kernels(p._replace(gated=False))(gpu.arch), geglu(p)), layer)
+        for p, layer in gated_layers(ops)
+    ]
+
+
+def silu_folds(ops: Ops) -> list[Fold]:
+    """Every SiLU behind a group norm as part of it, which then writes what SiLU makes of it."""
+    pairs = [(a, b) for a, b in itertools.pairwise(ops) if (a.name, b.name) == ("native_group_norm", "silu")]
+    return [Fold("SiLU in its group norm", pair, pair[:1]) for pair in pairs]
 
 
 def concat_folds(ops: Ops) -> list[Fold]:
@@ -157,9 +199,18 @@ def table(model: str, gpu: Gpu) -> Iterator[str]:
             (f"nothing folded, tiles of {WIDE} columns", wide_folds(both, gpu), both),
         ):
             yield _sums((title, "both", what), folds, ops, gpu)
-        yield _sums((title, "both", "GEGLU in one pass"), geglu_folds(both), both, gpu)
+        yield _sums((title, "both", "GEGLU in one pass, done"), geglu_folds(both), both, gpu)
+        if folds := gate_folds(both, gpu):
+            yield _sums((title, "both", "GEGLU in its layer, done"), folds, both, gpu)
+        yield _sums((title, "both", "SiLU in its group norm"), silu_folds(both), both, gpu)
     yield _sums(("any", "reuse", "statistics in the cached feature's concat"), concat_folds(reuse)[:1], reuse, gpu)
     yield _sums(("any", "both", "statistics in every concat"), concat_folds(both), both, gpu)
+
+
+def saved(folds: Sequence[Fold], ops: Ops, gpu: Gpu) -> float:
+    """The share of the time of `ops` that some folds of them spare."""
+    spared = sum(seconds(fold.now, gpu) - seconds(fold.then, gpu) for fold in folds)
+    return spared / seconds(ops, gpu)
 
 
 def _sums(titles: Sequence[str], folds: Sequence[Fold], ops: Ops, gpu: Gpu) -> str:
@@ -175,5 +226,5 @@ def _sums(titles: Sequence[str], folds: Sequence[Fold], ops: Ops, gpu: Gpu) -> s
         pair(2, lambda side: sum(op.bytes for op in side) / 1e9),
         pair(2, lambda side: sum(op.work for op in side) / 1e12),
         pair(2, lambda side: seconds(side, gpu) * 1e3),
-        f"{(seconds(now, gpu) - seconds(then, gpu)) / seconds(ops, gpu):.1%}",
+        f"{saved(folds, ops, gpu):.1%}",
     )

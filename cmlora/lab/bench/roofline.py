@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cmlora.lab.bench.counting import Op
+from cmlora.lab.bench.launched import Op
 from cmlora.lab.bench.steps import ALIKE, MetaPipe, Step
 from cmlora_kernels.chips import BEST_FROM, CARDS, SIZE_SHARE, TRITON_SHARE
 

@@ -151,12 +151,34 @@ def _rotary(normal: Any, device: torch.device, size: int, channels: int) -> Made
     )
 
 
+def _geglu(normal: Any, device: torch.device, size: int, channels: int) -> Made:
+    x = normal(2, size, 8 * channels)
+    return lambda backend, dtype: ck.geglu(x.to(dtype), backend=backend)  # type: ignore[arg-type]
+
+
+def _gate(normal: Any, device: torch.device, size: int, channels: int) -> Made:
+    """Of a rank in two chunks: the second one's kernel has the gate."""
+    rank, slots = 136, torch.tensor([1, -1], device=device)
+    x, scales = normal(2, size, channels), torch.ones(2, 1, device=device)
+    weight, a = (normal(*shape) / channels**0.5 for shape in ((8 * channels, channels), (2, rank, channels)))
+    b = normal(2, 8 * channels, rank) / rank**0.5
+
+    def op(backend: Any, dtype: torch.dtype) -> Tensor:
+        given = (weight.to(dtype), None, slots, a.to(dtype), b.to(dtype), scales)
+        y: Tensor = ck.multi_lora_geglu(x.to(dtype), *given, backend=backend)
+        return y
+
+    return op
+
+
 _OPS: dict[str, Callable[..., Made]] = {
     "combine_noise": _combine,
     "radial_profile": _profile,
     "high_frequency_share": _share,
     "concat_channels": _concat,
     "scatter_rows": _scatter,
+    "geglu": _geglu,
+    "multi_lora_geglu": _gate,
     "masks": _masks,
     "combine_local": _local,
     "combine_regions": _regions,

@@ -88,6 +88,7 @@ class UNetConditions(Conditions):
         running: where the LoRA layers read which rows run.
         stacked: q, k, v stacked, per attention.
         keep_prompt: whether the prompt's keys and values are kept, or made anew at every use.
+        backend: of the kernels.
     """
 
     def __init__(
@@ -98,8 +99,10 @@ class UNetConditions(Conditions):
         running: Running,
         stacked: Mapping[nn.Module, StackedProjection],
         keep_prompt: bool,
+        backend: str,
     ) -> None:
         super().__init__(inputs)
+        self.backend: Any = backend
         self.keep_prompt = keep_prompt
         self.unet = unet
         self.prompts = inputs.prompts

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmlora.batch.rows import Rows, Shared, add, lift
+from cmlora.lora.layers import MultiLoraLinear, forward_of
 from cmlora.lora.plain import unhooked
 from cmlora.models.unet.conditions import UNetConditions
+from cmlora_kernels import geglu
 from cmlora_kernels.cpu_linear import linear
+from cmlora_kernels.dispatch import Backend
 
 LARGE, TOKENS = 2**23, 2048
 """On the CPU a feed-forward of more bytes than that goes through so many tokens at a time."""
@@ -73,20 +76,28 @@ def _block(block: Any, tokens: Shared, conditions: UNetConditions, rows: Rows, e
     x = Shared(block.norm3(tokens.value), tokens.by_prediction, tokens.by_half)
     if block.ff in conditions.carrying:
         x = lift(x, rows, by_prediction=True)
-        changed = block.ff(x.value)
-    else:
-        changed = _feed_forward(block.ff, x.value)
+    changed = _feed_forward(block.ff, x.value, conditions.backend)
     return add(Shared(changed, x.by_prediction, x.by_half), tokens, rows)
 
 
-def _feed_forward(module: Any, x: Tensor) -> Tensor:
-    """FeedForward.forward; on the CPU in parts where x is large: what lies between its layers is eight times as wide.
+def _feed_forward(module: Any, x: Tensor, backend: Backend) -> Tensor:
+    """FeedForward.forward, its gate as one kernel where kernels run.
 
-    The C library's allocator hands large blocks back at once, and the next one's pages are then made anew.
+    On the CPU in parts where x is large: what lies between its layers is eight times as wide, and the C library's
+    allocator hands large blocks back at once, and the next one's pages are then made anew.
     """
-    if x.device.type != "cpu" or not _is_plain(module):
-        changed: Tensor = module(x)
+    on_cpu = x.device.type == "cpu" and backend != "triton"
+    if not on_cpu and _is_gated(module):
+        first, *rest = module.net
+        forward = forward_of(first.proj)
+        changed = forward.through_gate(x) if isinstance(forward, MultiLoraLinear) else None
+        changed = geglu(first.proj(x), backend) if changed is None else changed
+        for layer in rest:
+            changed = layer(changed)
         return changed
+    if not on_cpu or not _is_plain(module):
+        whole: Tensor = module(x)
+        return whole
     if x.nbytes <= LARGE:
         return _geglu(module, x)
     tokens, out = x.flatten(0, 1), torch.empty_like(x)
@@ -95,16 +106,21 @@ def _feed_forward(module: Any, x: Tensor) -> Tensor:
     return out
 
 
+def _is_gated(module: Any) -> bool:
+    """Whether a feed-forward's first layer is a projection and its gate, and nothing sits around the two."""
+    return type(module) is FeedForward and type(module.net[0]) is GEGLU and all(map(unhooked, (module, module.net[0])))
+
+
 def _is_plain(module: Any) -> bool:
     """Whether a feed-forward is what `_geglu` computes: linear, GEGLU, no dropout in force, linear, nothing around."""
-    if type(module) is not FeedForward or type(module.net[0]) is not GEGLU:
+    if not _is_gated(module):
         return False
     first, dropout, *last = module.net
     layers = (first.proj, *last)
     return (
         [type(layer) for layer in layers] == [nn.Linear, nn.Linear]
         and (not dropout.training or dropout.p == 0)
-        and all(map(unhooked, (module, first, dropout, *layers)))
+        and all(map(unhooked, (dropout, *layers)))
     )
 
 

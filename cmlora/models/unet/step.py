@@ -46,7 +46,9 @@ class BatchedUNet(Batched[UNetInputs, UNetConditions]):
         self.deep_up, self.shallow_up = up[: len(up) - cut - 1], up[len(up) - cut - 1 :]
 
     def begin(self, inputs: UNetInputs, timesteps: Tensor) -> UNetConditions:
-        return UNetConditions(self.module, inputs, timesteps, self.running, self.stacked, self.keep_prompt)
+        return UNetConditions(
+            self.module, inputs, timesteps, self.running, self.stacked, self.keep_prompt, self.backend
+        )
 
     def part(self, inputs: UNetInputs, conditions: UNetConditions, rows: Rows, everyone: Rows, step: int) -> UNetPart:
         return UNetPart(self, inputs, conditions, rows, everyone, step)
