@@ -65,7 +65,7 @@ def bytes_of(tensor: Tensor) -> int:
 
 
 def _kernel(launch: Launch, work: int = 0, problem: Problem | None = None) -> Op:
-    return Op(launch.name, launch.uniquebytes_of, launch.flops, work, "triton" if work else "none", problem)
+    return Op(launch.name, launch.unique_bytes, launch.flops, work, "triton" if work else "none", problem)
 
 
 def _linear(
