@@ -44,9 +44,9 @@ def unbroken(tmp_path_factory) -> Path:
 
 
 def start(command: list) -> subprocess.Popen:
-    threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}  # its workers yield to all else
     words = [sys.executable, *map(str, command)]
-    return subprocess.Popen(words, cwd=ROOT, env=os.environ | threads, start_new_session=True)
+    return subprocess.Popen(words, cwd=ROOT, env=os.environ | own, start_new_session=True)
 
 
 def finish(process: subprocess.Popen) -> None:
