@@ -55,7 +55,7 @@ CHANGES: dict[str, tuple[Config, Sequence[Any]]] = {
     "dominant_floor": ({"dominant_weight": 3.0, "dominant_decay": 0.9}, (0.0, 1.0, 2.0)),
     "offline_boundary": ({"partition": "offline"}, (0.2, 120 / 220, 1.0)),
     "online_gate": ({}, (0.4, 0.65, 1.0)),
-    "online_cutoff": ({"online_gate": 0.65}, (0.1, 0.2, 0.5)),
+    "online_cutoff": ({"online_gate": 0.65}, (0.2, 0.5)),
     "async_switch": ({"partition": "async"}, (1 / 20, 1 / 11, 1 / 2)),
     "late_stage": ({"online_gate": 1.0}, ("shift", "low")),
     "quadratic_interval": (_QUADRATIC, (2, 3, 5)),
