@@ -1,6 +1,7 @@
 """Every field of CMLoRAConfig with a picture of what it changes, drawn with the shipped model: a page of the site.
 
-python -m cmlora.lab.fields csrc_docs      # writes fields.md and images/fields/*.png
+python -m cmlora.lab.fields csrc_docs            # writes fields.md and images/fields/*.png
+python -m cmlora.lab.fields csrc_docs high low   # these two pictures alone, and fields.md
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ _COMPOSITE: Config = {"method": "composite"}
 
 CHANGES: dict[str, tuple[Config, Sequence[Any]]] = {
     "method": ({}, ("no_lora", "merge", "switch", "composite", "cmlora", "routed")),
-    "partition": ({}, ("offline", "online", "async")),
+    "partition": ({"async_switch": 1 / 4}, ("offline", "online", "async")),
     "adapters": (_ROUTED, (("character",), ("character", "clothing"), ROLES)),
-    "high": ({"low": ()}, ((), ("background",), ("clothing",))),
+    "high": ({}, ((), ("background",))),
     "low": ({}, ((), ("clothing",), ("character",))),
     "cache_interval": ({"method": "merge"}, (1, 2, 3, 5, "nonuniform", "quadratic")),
     "cache_branch": ({"method": "merge", "cache_interval": 3}, ((0, 0), (0, 1), (1, 0))),
@@ -48,13 +49,13 @@ CHANGES: dict[str, tuple[Config, Sequence[Any]]] = {
     "mask_blur": (_LOCAL, (1, 3, 7)),
     "shared": (_COMPOSITE, ((), ("background",))),
     "regions": (_ROUTED, (None, {"background": _LEFT}, {"background": 1 - _LEFT})),
-    "prompts": (_COMPOSITE, (None, {"clothing": "wearing a tophat"})),
+    "prompts": (_COMPOSITE, (None, {"character": "a zebrin creature"}, {"background": "checker background"})),
     "dominant_weight": ({}, (1.0, None, 6.0)),
     "dominant_decay": ({}, (0.0, 0.5, 0.9)),
     "dominant_floor": ({"dominant_weight": 3.0, "dominant_decay": 0.9}, (0.0, 1.0, 2.0)),
     "offline_boundary": ({"partition": "offline"}, (0.2, 120 / 220, 1.0)),
-    "online_gate": ({}, (0.0, 0.4, 1.0)),
-    "online_cutoff": ({}, (0.1, 0.2, 0.5)),
+    "online_gate": ({}, (0.4, 0.65, 1.0)),
+    "online_cutoff": ({"online_gate": 0.65}, (0.2, 0.5)),
     "async_switch": ({"partition": "async"}, (1 / 20, 1 / 11, 1 / 2)),
     "late_stage": ({"online_gate": 1.0}, ("shift", "low")),
     "quadratic_interval": (_QUADRATIC, (2, 3, 5)),
@@ -77,6 +78,7 @@ def descriptions() -> dict[str, str]:
     marks = [*begin.finditer(flat)]
     for mark, after in zip(marks, [*(one.start() for one in marks[1:]), len(flat)], strict=True):
         said = " ".join(flat[mark.end() : after].split())
+        said = said[:1].upper() + said[1:]
         found |= dict.fromkeys(mark[1].split(", "), said)
     return found
 
@@ -116,24 +118,20 @@ def page() -> str:
         parts += [f"## {field.name}", "", told[field.name], "", f"Default: `{field.default!r}`."]
         if field.name in CHANGES:
             base = ", ".join(f"{name}={value!r}" for name, value in CHANGES[field.name][0].items())
-            parts += [
-                f"Below with `{base}`." if base else "",
-                "",
-                f"![{field.name}](images/fields/{field.name}.png)",
-                "",
-            ]
+            parts += [f"Below with `{base}`."] if base else []
+            parts += ["", f"![{field.name}](images/fields/{field.name}.png)", ""]
         else:
             parts += ["The picture stays the same, but for its last bits.", ""]
     return "\n".join(parts) + "\n"
 
 
-def write_fields(out: Path) -> Iterator[Path]:
-    """Draw all of it; yields each file once written."""
+def write_fields(out: Path, chosen: Sequence[str] = ()) -> Iterator[Path]:
+    """Draw the fields chosen, or all of them; yields each file once written."""
     folder = out / "images" / "fields"
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_pipe(ROLES)
     pipe.set_progress_bar_config(disable=True)
-    for field in CHANGES:
+    for field in chosen or CHANGES:
         draw_field(pipe, field).save(folder / f"{field}.png", optimize=True)
         yield folder / f"{field}.png"
     (out / "fields.md").write_text(page())
@@ -142,5 +140,5 @@ def write_fields(out: Path) -> Iterator[Path]:
 
 if __name__ == "__main__":
     leave_out_harmless_messages()
-    for written in write_fields(Path(sys.argv[1])):
+    for written in write_fields(Path(sys.argv[1]), sys.argv[2:]):
         sys.stdout.write(f"wrote {written}\n")

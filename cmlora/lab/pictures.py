@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -21,12 +22,13 @@ def labelled_grid(
     factor = max(1, SIDE // first.width)
     wide, tall = first.width * factor, first.height * factor
     font = ImageFont.load_default(16)
+    head = _largest_font(columns, wide)
     margin = max([90, *(int(font.getlength(label)) + 2 * GAP for label in labels)]) if labels else 0
     size = (margin + len(columns) * (wide + GAP) - GAP, BAND + len(rows) * (tall + GAP) - GAP)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for c, label in enumerate(columns):
-        pen.text((margin + c * (wide + GAP) + wide / 2, BAND / 2), label, fill="black", font=font, anchor="mm")
+        pen.text((margin + c * (wide + GAP) + wide / 2, BAND / 2), label, fill="black", font=head, anchor="mm")
     for r, images in enumerate(rows):
         top = BAND + r * (tall + GAP)
         if labels:
@@ -34,6 +36,13 @@ def labelled_grid(
         for c, image in enumerate(images):
             sheet.paste(image.resize((wide, tall), Image.Resampling.NEAREST), (margin + c * (wide + GAP), top))
     return sheet
+
+
+def _largest_font(labels: Sequence[str], wide: int) -> Any:
+    """From 16 down to 9: in which every label fits its column."""
+    fonts = map(ImageFont.load_default, range(16, 9, -1))
+    fitting = (font for font in fonts if all(font.getlength(label) <= wide for label in labels))
+    return next(fitting, ImageFont.load_default(9))
 
 
 def masks_over(image: Image.Image, masks: Mapping[str, Tensor]) -> Image.Image:

@@ -1,5 +1,6 @@
 """Scores are those of the models, sets are the unit of intervals, a tie is a tie, and nothing is scored twice."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -9,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import (
+    AutoTokenizer,
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    Dinov2Config,
+    Dinov2Model,
+)
 from typer.testing import CliRunner
 
 from cmlora import CMLoRAError, sprites
@@ -120,6 +130,74 @@ def test_clip_scores_are_the_models_own(clip, tmp_path):
             assert got == pytest.approx(want, abs=1e-3)
 
 
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory) -> Path:
+    """A DINOv2 of random weights, in a folder."""
+    folder = tmp_path_factory.mktemp("dino")
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**small)).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
+    BitImageProcessor(**sizes).save_pretrained(folder)
+    return folder
+
+
+def torchmetrics_clip(folder: Path) -> tuple[CLIPModel, CLIPProcessor]:
+    """As torchmetrics wants it: features are tensors, which transformers 5 wraps."""
+    model = CLIPModel.from_pretrained(folder)
+    for name in ("get_image_features", "get_text_features"):
+        features = getattr(model, name)
+        setattr(model, name, lambda *given, features=features: features(*given).pooler_output)
+    return model, CLIPProcessor(CLIPImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+
+
+def test_the_command_scores_as_torchmetrics_and_transformers_do(clip, dino, tmp_path):
+    from torchmetrics.functional.multimodal import clip_score
+
+    pictures = tmp_path / "bed" / "output_x"
+    for name in ("merge_zebrin_tophat_1", "routed_zebrin_tophat_1", "solo_zebrin_1", "solo_tophat_1"):
+        place = pictures / f"{len(name.split('_')) - 2}_elements" / f"{name}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        make_shot(tmp_path, name, ()).path.rename(place)
+    models = {"clip": clip, "clip-image": clip, "dino": dino}
+    words = [f"--metric={name}={model}" for name, model in models.items()]
+    done = CliRunner().invoke(app, ["score", str(tmp_path / "bed"), "--loras=sprites", *words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    scores = {name: run.read_lines(tmp_path / "bed" / "scores" / f"{name}.jsonl") for name in models}
+    shots = {shot.file: shot for shot in read_shots(tmp_path / "bed", "sprites")}
+    assert [len(records) for records in scores.values()] == [4, 4, 4]
+    for record in scores["clip"]:
+        shot = shots[record["file"]]
+        pixels = torch.from_numpy(np.asarray(shot.open()).copy()).permute(2, 0, 1)
+        for text, got in (
+            (shot.prompt, record["values"]["prompt"]),
+            *((", ".join(own), record["loras"][name]) for name, own in shot.triggers.items()),
+        ):
+            want = clip_score(pixels, text, lambda: torchmetrics_clip(clip))
+            assert got == pytest.approx(max(0.0, float(want)), abs=1e-3)
+    pooled = {"clip-image": torchmetrics_clip(clip)[0].get_image_features}
+    dinov2 = Dinov2Model.from_pretrained(dino)
+    pooled["dino"] = lambda pixels: dinov2(pixels).pooler_output
+    processors = {
+        "clip-image": CLIPImageProcessor.from_pretrained(clip),
+        "dino": BitImageProcessor.from_pretrained(dino),
+    }
+    for metric, features in pooled.items():
+        made = {}
+        for file, shot in shots.items():
+            made[file] = features(processors[metric](shot.open(), return_tensors="pt")["pixel_values"])[0]
+        solo = {shot.loras[0]: made[file] for file, shot in shots.items() if shot.kind == "solo"}
+        for record in scores[metric]:
+            if shots[record["file"]].kind == "solo":
+                assert not record["values"], "no other picture of the same LoRA"
+                continue
+            for name, got in record["loras"].items():
+                assert got == pytest.approx(
+                    float(torch.cosine_similarity(made[record["file"]], solo[name], 0)), abs=1e-5
+                )
+            assert record["values"]["similarity"] == pytest.approx(np.mean([*record["loras"].values()]))
+
+
 def test_similarity_is_to_the_loras_own_pictures(clip, tmp_path):
     solo = [make_shot(tmp_path, "solo", (name,), seed, "solo") for name, seed in (("zebrin", 0), ("tophat", 0))]
     copy = make_shot(tmp_path, "merge", ("zebrin", "tophat"))
@@ -144,15 +222,38 @@ def test_what_is_missing_is_said_in_one_line(tmp_path, monkeypatch):
         with pytest.raises(CMLoRAError, match=message) as error:
             run.score(shots, tmp_path / "s", {name: "absent/model"})
         assert "\n" not in str(error.value)
-    monkeypatch.delitem(sys.modules, "hpsv2")
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "hpsv2.py").write_text("raise ImportError('\\nit needs another package\\nand says so at length')")
-    with pytest.raises(CMLoRAError, match=r"pip install hpsv2 \(it needs another package\)"):
-        run.score(shots, tmp_path / "s", {"hpsv2": ""})
+        assert not (tmp_path / "s").exists()
     with pytest.raises(CMLoRAError, match="knows the shipped LoRAs alone, got hat"):
         run.score([make_shot(tmp_path, "merge", ("hat",))], tmp_path / "s", {"detector": ""})
     with pytest.raises(CMLoRAError, match="--metric must be one of"):
         run.parse_metric("beauty")
+
+
+def test_packages_of_others_that_do_not_work_are_named(tmp_path, monkeypatch):
+    """image-reward 1.5 asks transformers for what is gone, hpsv2 1.2.0 lacks a file; weights that are not there."""
+    shots = [make_shot(tmp_path, "merge", ("zebrin", "tophat"))]
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "hpsv2").mkdir()
+    (tmp_path / "hpsv2" / "__init__.py").touch()
+    for broken in (
+        "ImportError('\\nit needs another package\\nand says so')",
+        "OSError('no words')",
+        "AttributeError('x')",
+    ):
+        (tmp_path / "hpsv2" / "img_score.py").write_text(f"raise {broken}")
+        with pytest.raises(CMLoRAError, match=r"^metric hpsv2 cannot import its hpsv2 \((it needs another|no words|x)"):
+            run.score(shots, tmp_path / "s", {"hpsv2": ""})
+    (tmp_path / "hpsv2" / "img_score.py").write_text(
+        "def score(path, prompt, cp=None, hps_version='v2.0'):\n"
+        "    return [{'v2.1': 0.25, 'v2.0': 0.5}[hps_version] if cp is None else float(open(cp).read())]\n"
+    )
+    importlib.invalidate_caches()
+    (tmp_path / "own.pt").write_text("0.75")
+    for model, want in (("", 0.25), ("v2.0", 0.5), (str(tmp_path / "own.pt"), 0.75)):
+        found = run.score(shots, tmp_path / "s", {"hpsv2": model})["hpsv2"]
+        assert found[shots[0].file]["values"] == {"preference": want}
+    with pytest.raises(CMLoRAError, match="model 'v9' cannot be loaded; give --metric hpsv2=FILE, a checkpoint"):
+        run.score(shots, tmp_path / "s", {"hpsv2": "v9"})
 
 
 def test_pictures_of_others_are_scored_by_their_names(tmp_path):

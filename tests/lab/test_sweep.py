@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from cmlora import CMLoRAError, sprites
 from cmlora.lab.score.pictures import read_shots
-from cmlora.lab.sweep.folder import Folder, picture_path, read_manifest, read_published
+from cmlora.lab.sweep.folder import Folder, picture_path, read_manifest, read_published, write_atomically
 from cmlora.lab.sweep.info import find_sets, parse_info, read_info
 from cmlora.lab.sweep.jobs import Job, make_units
 from cmlora.lab.sweep.options import make_sweep
@@ -87,6 +87,22 @@ def test_processes_share_a_folder_and_one_that_is_lost_is_made_up_for(unbroken, 
     assert run(small(), tmp_path, Place(1, 2)).missing == 0
     assert pictures(tmp_path) == pictures(unbroken)
     assert told(tmp_path) == told(unbroken)
+
+
+def test_a_file_is_written_though_another_process_tidies_up_meanwhile(tmp_path, monkeypatch):
+    """Two that end at the same time: one removes the folder of what is half written while the other writes there."""
+    sync, times = os.fsync, []
+
+    def tidy(number):
+        sync(number)
+        times.append(number)
+        if len(times) == 1:
+            shutil.rmtree(tmp_path / ".tmp")
+
+    monkeypatch.setattr(os, "fsync", tidy)
+    write_atomically(tmp_path / "manifest.jsonl", b"all", tmp_path)
+    assert (tmp_path / "manifest.jsonl").read_bytes() == b"all"
+    assert len(times) == 2
 
 
 def test_floor_solo_and_merge_are_the_plain_pipelines(unbroken):

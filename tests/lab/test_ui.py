@@ -1,12 +1,21 @@
-"""The page draws what the library draws."""
+"""The page draws what the library draws, and comes over http."""
 
+import re
+import socket
+from collections.abc import Iterator
+
+import gradio
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from gradio_client import Client
+from PIL import Image
+from typer.testing import CliRunner
 
 import cmlora
 from cmlora import CMLoRAError, sprites
+from cmlora.cli import app
 from cmlora.lab.ui import Composer, region_of
 
 
@@ -46,3 +55,36 @@ def test_what_is_painted_is_the_region():
     assert region_of({"layers": [layer]}).mean() == 0.5
     assert region_of({"layers": []}) is None
     assert region_of(None) is None
+
+
+@pytest.fixture
+def url(monkeypatch) -> Iterator[str]:
+    """Served by the command, which does not wait here as it would in a shell."""
+    launch, pages = gradio.Blocks.launch, []
+
+    def serve(page: gradio.Blocks, **given):
+        pages.append(page)
+        return launch(page, **given, prevent_thread_lock=True, quiet=True)
+
+    monkeypatch.setattr(gradio.Blocks, "launch", serve)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    loras = [f"--lora={sprites.lora_path(name)}={name}" for name in ("zebrin", "checker")]
+    done = CliRunner().invoke(app, ["ui", "--port", str(port), *loras], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    yield f"http://127.0.0.1:{port}/"
+    pages[0].close()
+
+
+def test_a_picture_its_masks_and_who_dominated_come_over_http(url):
+    client = Client(url, verbose=False)
+    given = ["a zebrin creature, checker background", "", ["zebrin", "checker"], "routed", 2, 4.0, 2, 3, 1.0, 0.5]
+    picture, masks, run, text = client.predict(*given, api_name="/draw")
+    assert Image.open(picture).size == (64, 64)
+    assert Image.open(masks).width > Image.open(picture).width
+    assert Image.open(run).height > 300
+    assert re.match(r"[\d.]+ s\n", text)
+    assert "checker acts in" in text
+    with pytest.raises(Exception, match="merge needs a LoRA: pick some"):
+        client.predict("x", "", [], "merge", 2, 4.0, 2, 3, 1.0, 0.5, api_name="/draw")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -171,7 +172,7 @@ class ImageReward:
 
     def __init__(self, model: str, shots: Sequence[Shot]) -> None:
         package = _package("imagereward", "ImageReward", "image-reward")
-        self.model = _load("imagereward", model or "ImageReward-v1.0", package.load)
+        self.model = _load("imagereward", model or "ImageReward-v1.0", package.load, CHECKPOINT)
 
     def score(self, shots: Sequence[Shot]) -> list[Marks | None]:
         with torch.no_grad():
@@ -184,15 +185,21 @@ class HpsV2:
     batch = 1
 
     def __init__(self, model: str, shots: Sequence[Shot]) -> None:
-        self.package = _package("hpsv2", "hpsv2", "hpsv2")
-        self.version = model or "v2.1"
+        self.package = _package("hpsv2", "hpsv2.img_score", "hpsv2")
+        self.model = model or "v2.1"
+        self.given = {"cp": self.model} if Path(self.model).is_file() else {"hps_version": self.model}
 
     def score(self, shots: Sequence[Shot]) -> list[Marks | None]:
-        def one(shot: Shot) -> float:
-            return float(self.package.score(str(shot.path), shot.prompt, hps_version=self.version)[0])
+        return [Marks({"preference": self._one(shot)}) for shot in shots]
 
-        return [Marks({"preference": one(shot)}) for shot in shots]
+    def _one(self, shot: Shot) -> float:
+        def preference(_: str) -> float:  # the package reads its weights anew with every picture
+            return float(self.package.score(str(shot.path), shot.prompt, **self.given)[0])
 
+        return float(_load("hpsv2", self.model, preference, CHECKPOINT))
+
+
+CHECKPOINT = "FILE, a checkpoint of its own, or the name of one while online"
 
 METRICS: dict[str, Callable[[str, Sequence[Shot]], Metric]] = {
     "detector": Detector,
@@ -212,19 +219,18 @@ def _unit(rows: Tensor) -> Tensor:
 def _package(metric: str, module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ImportError as error:  # of the package itself, or of one that it needs
-        raise CMLoRAError(
-            f"metric {metric} needs the package {package}: pip install {package} ({_reason(error)})"
-        ) from error
+    except Exception as error:  # packages of others raise anything where a version is not the one that they know
+        absent = isinstance(error, ModuleNotFoundError) and error.name in (module, module.partition(".")[0])
+        wrong = f"needs the package {package}: pip install {package}" if absent else f"cannot import its {package}"
+        raise CMLoRAError(f"metric {metric} {wrong} ({_reason(error)})") from error
 
 
-def _load(metric: str, model: str, load: Callable[[str], Any]) -> Any:
+def _load(metric: str, model: str, load: Callable[[str], Any], place: str = "FOLDER, or a hub id while online") -> Any:
     try:
         return load(model)
     except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise CMLoRAError(
-            f"metric {metric}: model {model!r} cannot be loaded; give --metric {metric}=FOLDER, or a hub id while "
-            f"online ({_reason(error)})"
+            f"metric {metric}: model {model!r} cannot be loaded; give --metric {metric}={place} ({_reason(error)})"
         ) from error
 
 

@@ -53,17 +53,22 @@ def parse_name(stem: str, sets: Mapping[str, tuple[Lora, ...]]) -> tuple[str, tu
     return method, sets[found["ids"]], found["interval"] or "1", int(found["seed"] or 0)
 
 
-def write_atomically(path: Path, content: bytes, folder: Path) -> None:
+def write_atomically(path: Path, content: bytes, folder: Path, again: int = 3) -> None:
     """Beside its place, then moved there: whoever reads the path finds the old file or the new one, whole."""
     temporary = folder / TEMPORARY
-    temporary.mkdir(parents=True, exist_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = temporary / uuid.uuid4().hex
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = temporary / uuid.uuid4().hex
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except FileNotFoundError:  # another process, with nothing left to draw, has tidied up (`write_manifest`)
+        if not again:
+            raise
+        write_atomically(path, content, folder, again - 1)
 
 
 def digest(content: bytes) -> str:

@@ -49,7 +49,8 @@ class Report:
 
     Attributes:
         drawn, there, missing: pictures that it drew, that were there, and that are still to be drawn.
-    others: versions or devices of pictures that were there, where they are not this process's.
+        others: versions of pictures that were there, where they are not this process's.
+        alone: whether no other process draws for the same sweep.
     """
 
     drawn: int = 0
@@ -85,7 +86,6 @@ def missing_jobs(sweep: Sweep, folder: Folder, unit: Sequence[Job], others: set[
     """Those of a set that are not there, whole.
 
     Args:
-        alone: whether no other process draws for the same sweep.
         others: versions that pictures were drawn with, where they are not ours, are added to it.
     """
     found = []
