@@ -144,6 +144,8 @@ def linear_tile(p: Problem, arch: str) -> Tile:
         warps = 4  # half the accumulator is left
     elif p.rank == 0 and size == 4 and family(arch) == "wgmma":
         warps = 8  # sm_100 spills with four; there is no A to copy
+    if p.gated and rank == 128 and size == 2 and family(arch) == "mma":
+        block_k = 32  # 64 spill four bytes
     if arch.startswith("sm_"):
         block_k = max(block_k, 2048 // (block_m * size))  # 16 bytes of x for each of 128 threads
     per_stage = (block_m + block_n + rank) * block_k * size
