@@ -67,7 +67,7 @@ def cards_table(model: str, gpus: Iterable[Gpu]) -> Iterator[str]:
     ideas = ("GEGLU in one pass", "in its layer", "layers fused", "SiLU in its norm", "heads of 48", "columns of K")
     yield from header("LoRA on", "card", "predicted ms", *ideas, "not copied", "where it gains")
     for title, targets in TARGETS.items():
-        steps = MetaPipe(model, ADAPTERS, RANK, targets).steps("ours", ADAPTERS)
+        steps = MetaPipe(model, ADAPTERS, RANK, targets).steps("cmlora, mean", ADAPTERS)
         for gpu in gpus:
             yield _line(title, [op for step in steps for op in step.trace.ops(gpu.arch)], gpu)
 
