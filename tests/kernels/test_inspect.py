@@ -32,7 +32,7 @@ def inspected() -> dict[str, dict]:
     ]
     rows: dict[str, dict] = {}
     for process in running:
-        out, error = process.communicate(timeout=300)
+        out, error = process.communicate(timeout=900)
         assert process.returncode == 0, error[-3000:]
         rows |= json.loads(out)
     return rows
