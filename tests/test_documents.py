@@ -14,7 +14,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def test_the_quality_tables_are_those_of_the_records() -> None:
     text = (ROOT / "csrc_docs" / "quality.md").read_text()
     table = ""
-    for preset in ("text", "masks", "partitions", "published", "trouble", "methods"):
+    for preset in ("text", "masks", "partitions", "styles", "published", "trouble", "methods"):
         pictures = quality.read(RESULTS / preset / "quality.jsonl")
         assert {p.setting for p in pictures} == set(settings.PRESETS[preset])
         table = report.table(pictures)
