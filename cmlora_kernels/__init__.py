@@ -5,6 +5,7 @@ from cmlora_kernels.combine_places import combine_local, combine_regions
 from cmlora_kernels.dominant import dominant_from_latents
 from cmlora_kernels.feature_bank import concat_channels, scatter_rows
 from cmlora_kernels.geglu import geglu
+from cmlora_kernels.group_norm import group_norm_silu
 from cmlora_kernels.merged_bank import merge_weights, merged_linear, merged_weight
 from cmlora_kernels.modulated_norm import modulated_norm
 from cmlora_kernels.multi_lora import multi_lora_add_, multi_lora_linear
@@ -21,6 +22,7 @@ __all__ = [
     "concat_channels",
     "dominant_from_latents",
     "geglu",
+    "group_norm_silu",
     "high_frequency_share",
     "merge_weights",
     "merged_linear",
