@@ -17,6 +17,7 @@ from cmlora_kernels.combine_places import local_launch, regions_launch
 from cmlora_kernels.costs import choose
 from cmlora_kernels.feature_bank import concat_channels_launch, scatter_launch
 from cmlora_kernels.geglu import geglu_launch
+from cmlora_kernels.group_norm import Images, group_norm_launches
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.merged_bank import merged_launch
 from cmlora_kernels.modulated_norm import modulated_launch
@@ -150,6 +151,13 @@ def conv_layers(unet: UNet) -> Iterator[Conv]:
             incoming = channels
         if level:
             yield Conv(2 * size, channels, channels, 3)
+
+
+def group_norms(unet: UNet) -> list[tuple[int, int]]:
+    """(side, channels) of what the resnets and the end of a UNet norm: what their 3x3 convolutions read."""
+    level_of = {unet.size >> level: channels for level, channels in enumerate(unet.channels)}
+    convs = [c for c in conv_layers(unet) if c.kernel == 3 and c.stride == 1 and c.outer == level_of[c.size]]
+    return list(dict.fromkeys((conv.size, conv.channels) for conv in convs))
 
 
 def _resnet(size: int, incoming: int, channels: int) -> Iterator[Conv]:
@@ -320,6 +328,11 @@ def _step_launches(unet: UNet, adapters: int, dtype: torch.dtype, arch: str) -> 
     for level, depth in enumerate(unet.depth):
         if depth:
             yield geglu_launch(rows * (size >> level) ** 2, 4 * unet.channels[level], dtype)
+    for side, channels in group_norms(unet):
+        for count in (1, 2, rows):
+            for last in (False, True):
+                images = Images(count, channels, side * side, 32, last, dtype)
+                yield from group_norm_launches(images, dtype, 1e-5, arch)
     yield from _place_launches(size, adapters, dtype)
 
 

@@ -57,7 +57,7 @@ def _torchs_own(kind: type[Any], name: str) -> Any:
     return method if origin(method).startswith("torch.") else None
 
 
-FORWARDS = {kind: _torchs_own(kind, "forward") for kind in (nn.Linear, nn.Conv2d)}
+FORWARDS = {kind: _torchs_own(kind, "forward") for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.SiLU)}
 CONVOLVE = _torchs_own(nn.Conv2d, "_conv_forward")
 
 
@@ -67,9 +67,14 @@ def torchs_own() -> tuple[bool, ...]:
     return (*kept, nn.Conv2d._conv_forward is CONVOLVE, not globally_hooked())
 
 
-def weights_alone(module: nn.Module, kind: type[nn.Linear] | type[nn.Conv2d]) -> bool:
+def as_torch_wrote(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module is torch's own forward of its kind."""
+    return type(module) is kind and kind.forward is FORWARDS[kind] and unhooked(module)
+
+
+def weights_alone(module: nn.Module, kind: type[nn.Linear] | type[nn.Conv2d] | type[nn.GroupNorm]) -> bool:
     """Whether a layer is its kind's forward on plain float weights; a convolution's geometry may be any."""
-    if type(module) is not kind or kind.forward is not FORWARDS[kind] or not unhooked(module):
+    if not as_torch_wrote(module, kind):
         return False
     if kind is nn.Conv2d and ("_conv_forward" in module.__dict__ or nn.Conv2d._conv_forward is not CONVOLVE):
         return False

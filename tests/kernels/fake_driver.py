@@ -113,6 +113,10 @@ def step() -> None:
     noise, weights = empty(rows, 4, 64, 64), torch.ones(5, 2)
     ck.combine_noise(noise, weights, backend="triton")
     ck.geglu(empty(rows, 256, 2560), backend="triton")
+    weight = empty(960)
+    for images in (empty(rows, 960, 64, 64), empty(1, 960, 128, 128)):  # one launch, and two
+        for layout in (torch.contiguous_format, last):
+            ck.group_norm_silu(images.to(memory_format=layout), 32, weight, weight, 1e-5, backend="triton")
     lora()
 
 

@@ -24,6 +24,7 @@ EVERYWHERE = {  # the kernels with matrix products and those that fill the regis
     ("conv_add_kernel", "float16"),
     ("spectrum_kernel", "float16"),
     ("modulated_norm_kernel", "float16"),
+    ("group_norm_silu_kernel", "float16"),
     ("rotary_norm_kernel", "float16"),
 }
 SHOWN = (
@@ -42,8 +43,8 @@ SHOWN = (
 
 
 def representatives(target: str) -> list[Variant]:
-    """Of each kernel and dtype the variant that moves most, with token weights or a gate and without, convolutions in
-    either layout; the copying kernels in fp16 on one target per vendor; of transformers what they alone have.
+    """Of each kernel and dtype the variant that moves most, with token weights or a gate and without, convolutions and
+    group norms in either layout; the copying kernels in fp16 on one target per vendor; of transformers what they alone have.
 
     The smallest linear layer in float32, whose tile of 16 tokens once spilled. And the linear layer and the update in
     place whose pipelines take most shared memory.
@@ -55,7 +56,8 @@ def representatives(target: str) -> list[Variant]:
     for variant in (*known, *others):
         key = (variant.launch.kernel.__name__, str(variant.dtype).removeprefix("torch."))
         launch = variant.launch
-        form = (*key, is_weighted(variant), launch.scalars.get("x_channel") == 1, launch.constexprs.get("GATED", False))
+        last = launch.scalars.get("x_channel") == 1 or launch.constexprs.get("LAST", False)
+        form = (*key, is_weighted(variant), last, launch.constexprs.get("GATED", False))
         wanted = key in EVERYWHERE or (target in ("sm_90", "gfx942") and key[1] == "float16")
         if wanted and (form not in most or variant.launch.bytes > most[form].launch.bytes):
             most[form] = variant

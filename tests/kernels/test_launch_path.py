@@ -19,6 +19,7 @@ from cmlora_kernels import (
     concat_channels,
     dominant_from_latents,
     geglu,
+    group_norm_silu,
     merge_weights,
     merged_linear,
     modulated_norm,
@@ -114,9 +115,10 @@ def test_kernels_move_the_bytes_that_their_formulas_say(traffic: list[tuple[Laun
     combine_noise(noise, weights, backend="triton")
     geglu(torch.randn(2, 77, 600), backend="triton")
     _run_places(noise, weights[1:].contiguous())
-    assert len(traffic) == 21
+    _run_group_norms()
+    assert len(traffic) == 27
     _run_multi_lora()
-    kernels = {launch.kernel.__name__ for launch, _ in traffic[21:]}
+    kernels = {launch.kernel.__name__ for launch, _ in traffic[27:]}
     assert kernels == {"linear_kernel", "add_kernel", "gate_kernel", "conv_add_kernel", "merged_kernel"}
     for launch, (moved,) in traffic:
         assert moved == pytest.approx(launch.bytes, rel=0.1), launch.name
@@ -134,6 +136,14 @@ def _run_places(noise: torch.Tensor, weights: torch.Tensor) -> None:
         combine_local(noise, mu, weights, adapters, bases, bases[:1], backend="triton")
     combine_local(noise[..., :50], mu[..., :50], weights, adapters, bases, 0, backend="triton")
     combine_regions(noise[2:, :3, :, :50], mu[..., :50], weights, backend="triton")
+
+
+def _run_group_norms() -> None:
+    """In both memory formats: one launch of many groups, and two where few large ones are cut into slices."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for x, groups in ((torch.randn(8, 40, 9, 11), 8), (torch.randn(1, 24, 96, 90), 2)):
+            weight, x = torch.randn(x.shape[1]), x.contiguous(memory_format=layout)
+            group_norm_silu(x, groups, weight, weight, backend="triton")
 
 
 def _run_norms() -> None:

@@ -16,6 +16,7 @@ from cmlora_kernels.combine_places import local_launch, regions_launch
 from cmlora_kernels.costs import choose
 from cmlora_kernels.feature_bank import concat_channels_launch, scatter_launch
 from cmlora_kernels.geglu import geglu_launch
+from cmlora_kernels.group_norm import group_norm_launches, images_of
 from cmlora_kernels.launch import Launch
 from cmlora_kernels.layout import dense_format
 from cmlora_kernels.merged_bank import merged_launch
@@ -264,6 +265,10 @@ def _geglu(x: Tensor, _: str) -> Any:
     return lambda arch: iter((_kernel(launch),))
 
 
+def _group_norm(x: Tensor, groups: int, weight: Tensor, _: Tensor, eps: float, __: str) -> Any:
+    return lambda arch: map(_kernel, group_norm_launches(images_of(x, groups), weight.dtype, eps, arch))
+
+
 def _spectrum(x: Tensor, cutoff: float, choice: Any) -> Any:
     shape, strides, dtype = tuple(x.shape), x.stride(), x.dtype
 
@@ -298,6 +303,7 @@ KERNELS: dict[str, Callable[..., Callable[[str], Iterator[Op]]]] = {
     "modulated_norm": _modulated,
     "rotary_norm": _rotary,
     "geglu": _geglu,
+    "group_norm_silu": _group_norm,
     "dominant_from_latents": _dominant,
     "high_frequency_share": lambda x, cutoff, _: _spectrum(x, cutoff, None),
 }

@@ -21,7 +21,7 @@ def step_cases(dtype: torch.dtype, size: int, channels: int = 64) -> Iterator[Ca
     word = str(dtype).removeprefix("torch.")
     for name, make in _OPS.items():
         yield Case(f"{name} {word}", _compared(make, dtype, size, channels))
-        if name in ("concat_channels", "combine_noise", "combine_local"):
+        if name in ("concat_channels", "combine_noise", "combine_local", "group_norm_silu"):
             yield Case(f"{name} {word} channels_last", _compared(make, dtype, size, channels, last=True))
     yield Case(f"combine_noise {word} ragged", _compared(_OPS["combine_noise"], dtype, size - 3, channels))
 
@@ -151,6 +151,17 @@ def _rotary(normal: Any, device: torch.device, size: int, channels: int) -> Made
     )
 
 
+def _group_norm(normal: Any, device: torch.device, size: int, channels: int) -> Made:
+    x, (weight, bias) = 1 + normal(2, channels, size, size), normal(2, channels, 1, 1).flatten(1)
+    groups = channels // 2
+
+    def op(backend: Any, dtype: torch.dtype) -> Tensor:
+        y: Tensor = ck.group_norm_silu(x.to(dtype), groups, weight.to(dtype), bias.to(dtype), 1e-5, backend)
+        return y
+
+    return op
+
+
 def _geglu(normal: Any, device: torch.device, size: int, channels: int) -> Made:
     x = normal(2, size, 8 * channels)
     return lambda backend, dtype: ck.geglu(x.to(dtype), backend=backend)  # type: ignore[arg-type]
@@ -178,6 +189,7 @@ _OPS: dict[str, Callable[..., Made]] = {
     "concat_channels": _concat,
     "scatter_rows": _scatter,
     "geglu": _geglu,
+    "group_norm_silu": _group_norm,
     "multi_lora_geglu": _gate,
     "masks": _masks,
     "combine_local": _local,

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from cmlora.batch.rows import Rows, Shared, add, lift
 from cmlora.lora.layers import MultiLoraLinear, forward_of
-from cmlora.lora.plain import unhooked
+from cmlora.lora.plain import as_torch_wrote, unhooked, weights_alone
 from cmlora.models.unet.conditions import UNetConditions
-from cmlora_kernels import geglu
+from cmlora_kernels import geglu, group_norm_silu
 from cmlora_kernels.cpu_linear import linear
 from cmlora_kernels.dispatch import Backend
 
@@ -25,22 +25,38 @@ LARGE, TOKENS = 2**23, 2048
 """On the CPU a feed-forward of more bytes than that goes through so many tokens at a time."""
 
 
-def plain_resnet(module: Any, x: Shared, conditions: UNetConditions, step: int, rows: Rows) -> Shared:
-    """ResnetBlock2D.forward, its time bias from the run's table."""
-    carrying = module in conditions.carrying
-    bias = conditions.time(module, step)
-    x = lift(x, rows, by_prediction=carrying, by_half=bias.shape[0] > 1)
-    hidden = module.conv1(module.nonlinearity(module.norm1(x.value)))
+def plain_resnet(module: Any, x: Shared, conditions: UNetConditions, bias: Tensor, rows: Rows) -> Shared:
+    """ResnetBlock2D.forward, its time bias given: [1, channels], of own rows, or of all rows that x has."""
+    x = lift(x, rows, by_prediction=module in conditions.carrying, by_half=bias.shape[0] > 1)
+    hidden = module.conv1(norm_silu(module.norm1, module.nonlinearity, x.value, conditions.backend))
     if bias.shape[0] == 1:
         hidden = hidden + bias[:, :, None, None]
     else:
         hidden = (hidden.view(-1, bias.shape[0], *hidden.shape[1:]) + bias[:, :, None, None]).flatten(0, 1)
-    hidden = module.conv2(module.dropout(module.nonlinearity(module.norm2(hidden))))
+    hidden = norm_silu(module.norm2, module.nonlinearity, hidden, conditions.backend)
+    hidden = module.conv2(module.dropout(hidden))
     shortcut = x.value if module.conv_shortcut is None else module.conv_shortcut(x.value)
     hidden = shortcut + hidden
     if module.output_scale_factor != 1:
         hidden = hidden / module.output_scale_factor
     return Shared(hidden, x.by_prediction, x.by_half)
+
+
+def norm_silu(norm: Any, activation: Any, x: Tensor, backend: Backend) -> Tensor:
+    """activation(norm(x)), as one kernel where kernels run and the two are torch's group norm and SiLU alone."""
+    on_cpu = x.device.type == "cpu" and backend != "triton"
+    if on_cpu or not (as_torch_wrote(activation, nn.SiLU) and _norms(norm, x)):
+        whole: Tensor = activation(norm(x))
+        return whole
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, backend)
+
+
+def _norms(norm: Any, x: Tensor) -> bool:
+    """Whether a norm is a group norm's arithmetic on weights of x's dtype."""
+    if not weights_alone(norm, nn.GroupNorm) or norm.bias is None:
+        return False
+    dtypes: set[torch.dtype] = {norm.weight.dtype, norm.bias.dtype}
+    return dtypes == {x.dtype}
 
 
 def plain_transformer(module: Any, x: Shared, conditions: UNetConditions, rows: Rows, everyone: Rows) -> Shared:

@@ -25,7 +25,7 @@ from cmlora.lora.layers import untouched
 from cmlora.models.family import Batched
 from cmlora.models.unet.blocks import DownUnit, UpUnit, check_supported, cut_of, down_units, up_units
 from cmlora.models.unet.conditions import UNetConditions, UNetInputs
-from cmlora.models.unet.layers import plain_resnet, plain_transformer
+from cmlora.models.unet.layers import norm_silu, plain_resnet, plain_transformer
 from cmlora_kernels import concat_channels
 
 
@@ -121,7 +121,7 @@ class UNetPart:
         """Noise of all rows."""
         unet, hidden = self.unet, whole(x, self.rows)
         if unet.conv_norm_out:
-            hidden = unet.conv_act(unet.conv_norm_out(hidden))
+            hidden = norm_silu(unet.conv_norm_out, unet.conv_act, hidden, self.batched.backend)
         noise: Tensor = unet.conv_out(hidden)
         return noise.contiguous()
 
@@ -205,8 +205,12 @@ class UNetPart:
 
     def _resnet(self, module: Any, x: Shared) -> Shared:
         if self.conditions.has_time(module):
-            return plain_resnet(module, x, self.conditions, self.step, self.rows)
-        return Shared(module(whole(x, self.rows), self._embedding), True, True)
+            return plain_resnet(module, x, self.conditions, self.conditions.time(module, self.step), self.rows)
+        x = Shared(whole(x, self.rows), True, True)
+        if module not in self.conditions.plain:
+            return Shared(module(x.value, self._embedding), True, True)
+        embedding = self._embedding if module.skip_time_act else module.nonlinearity(self._embedding)
+        return plain_resnet(module, x, self.conditions, module.time_emb_proj(embedding), self.rows)
 
     def _attention(self, module: Any, x: Shared) -> Shared:
         height, width = x.value.shape[-2:]
