@@ -119,10 +119,7 @@ def _second_reading(
         place = block % across * PLACES + tl.arange(0, PLACES)
         here = channel < taken
         inside = here[:, None] & (place < places)[None, :]
-        if LAST:
-            offsets = channel[:, None] + place[None, :] * channels
-        else:
-            offsets = channel[:, None] * places + place[None, :]
+        offsets = channel[:, None] * (1 if LAST else places) + place[None, :] * (channels if LAST else 1)
         x = tl.load(x_ptr + offsets, inside, 0.0).to(tl.float32)
         factor = tl.load(weight_ptr + channel, here, 0.0).to(tl.float32) * _per_channel(scale, channel, width)
         bias = tl.load(bias_ptr + channel, here, 0.0).to(tl.float32)
@@ -303,7 +300,7 @@ def images_of(x: Tensor, groups: int) -> Images:
 
 
 def _body(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, backend: str) -> Tensor:
-    served = x.dtype in POINTER and weight.dtype in POINTER and 0 < x.numel() and x[:1].numel() < 2**31
+    served = x.dtype in POINTER and weight.dtype in POINTER and x.numel() > 0 and x[:1].numel() < 2**31
     if not (use_triton(x, backend) and served):
         return group_norm_silu_definition(x, groups, weight, bias, eps)
     y, x = _fake(x, groups, weight, bias, eps, backend), x.contiguous(memory_format=dense_format(x))

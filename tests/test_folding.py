@@ -23,7 +23,7 @@ from cmlora.lab.bench.folding import (
     wide_folds,
 )
 from cmlora.lab.bench.roofline import GPUS
-from cmlora_kernels import concat_channels, geglu, multi_lora_geglu, multi_lora_linear
+from cmlora_kernels import concat_channels, geglu, group_norm_silu, multi_lora_geglu, multi_lora_linear
 from cmlora_kernels.tiles import linear_tile
 
 H100, DOCUMENTS = GPUS["H100"], Path(__file__).resolve().parents[1] / "csrc_docs"
@@ -39,6 +39,10 @@ def linear(x, outer, parts=1, layer=multi_lora_linear):
     slots, scales = meta(rows, dtype=torch.int64), meta(5, parts, dtype=torch.float32)
     a, b = meta(5, parts * 16, inner), meta(5, outer, 16)
     return layer(x, meta(outer, inner), meta(outer), slots, a, b, scales)
+
+
+def norm(x):
+    return group_norm_silu(x, 32, *(meta(x.shape[1]) for _ in range(2)))
 
 
 def block():
@@ -106,11 +110,25 @@ def test_wide_tiles_never_cost_more_than_those_that_are_shipped():
 
 def test_statistics_in_the_concat_spare_one_reading_of_it():
     with Trace() as trace:
-        F.group_norm(concat_channels(meta(10, 640, 8, 8), meta(10, 320, 8, 8)), 32)
-        F.group_norm(meta(2, 64, 8, 8), 32)
+        norm(concat_channels(meta(10, 640, 8, 8), meta(10, 320, 8, 8)))
+        norm(meta(2, 64, 8, 8))
     (fold,) = concat_folds(trace.ops("sm_90"))
     spared = sum(op.bytes for op in fold.now) - sum(op.bytes for op in fold.then)
-    assert spared == pytest.approx(2 * 10 * 960 * 64, rel=1e-2), "mean and deviation of every group lie beside y"
+    assert spared == pytest.approx(2 * 10 * 960 * 64, rel=1e-2), "weights lie beside y"
+
+
+def test_silu_in_its_norm_spares_a_reading_and_a_writing_and_two_launches_one_of_them():
+    """A single large row is cut into slices on an H100, whose statistics read x in a launch of their own."""
+    with Trace() as trace:
+        norm(meta(10, 640, 32, 32))
+        F.silu(meta(4))
+        norm(meta(1, 960, 128, 128))
+    whole, slices = silu_folds(trace.ops("sm_90"))
+    for fold, count, spared, elements in ((whole, 1, 2, 10 * 640 * 32 * 32), (slices, 2, 1, 960 * 128 * 128)):
+        assert [op.name for op in fold.now] == ["native_group_norm", "silu"]
+        assert len(fold.then) == count
+        moved = sum(op.bytes for op in fold.now) - sum(op.bytes for op in fold.then)
+        assert moved == pytest.approx(2 * spared * elements, rel=1e-2)
 
 
 def test_columns_of_k_move_and_do_what_is_written_down():
@@ -133,13 +151,9 @@ def test_heads_of_40_are_the_only_ones_that_flash_kernels_pad_to_64():
     with Trace() as trace:
         for width in (40, 64, 80):
             F.scaled_dot_product_attention(*(meta(2, 8, 64, width) for _ in range(3)))
-        F.silu(F.group_norm(meta(2, 64, 8, 8), 32))
     ops = trace.ops("sm_90")
     (fold,) = unpadded(ops)
     assert (fold.now[0].work, fold.then[0].work) == (fold.now[0].flops * 64 // 40, fold.now[0].flops * 48 // 40)
-    (fold,) = silu_folds(ops)
-    assert [op.name for op in fold.now] == ["native_group_norm", "silu"]
-    assert fold.then == fold.now[:1]
 
 
 def test_the_documents_show_what_the_command_prints():

@@ -44,7 +44,8 @@ SHOWN = (
 
 def representatives(target: str) -> list[Variant]:
     """Of each kernel and dtype the variant that moves most, with token weights or a gate and without, convolutions and
-    group norms in either layout; the copying kernels in fp16 on one target per vendor; of transformers what they alone have.
+    group norms in either layout; the copying kernels in fp16 on one target per vendor; of transformers what they alone
+    have.
 
     The smallest linear layer in float32, whose tile of 16 tokens once spilled. And the linear layer and the update in
     place whose pipelines take most shared memory.
