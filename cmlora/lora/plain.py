@@ -57,7 +57,9 @@ def _torchs_own(kind: type[Any], name: str) -> Any:
     return method if origin(method).startswith("torch.") else None
 
 
-FORWARDS = {kind: _torchs_own(kind, "forward") for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.SiLU)}
+FORWARDS: dict[type[nn.Module], Any] = {
+    kind: _torchs_own(kind, "forward") for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.SiLU)
+}
 CONVOLVE = _torchs_own(nn.Conv2d, "_conv_forward")
 
 
