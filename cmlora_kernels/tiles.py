@@ -181,6 +181,8 @@ def add_tile(p: Problem, arch: str) -> Tile:
 
 def gate_tile(p: Problem, arch: str) -> Tile:
     """The tile of the update that goes on to a GEGLU's gate: as `add_tile`, but of two tiles of y half as wide."""
+    if arch.startswith("sm_") and p.dtype.itemsize == 4 and rank_bucket(p.rank) == 128:
+        p = p._replace(tokens=min(p.tokens, 16))  # 32 tokens spill: both tiles and tf32x3's three parts of all operands
     tile = add_tile(p, arch)
     return replace(tile, block_n=max(tile.block_n // 2, 16))
 

@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 from cmlora import sprites
 from cmlora.cli import app
 from cmlora.lab.quiet import leave_out_harmless_messages
+from cmlora_kernels.chips import TARGETS
+from cmlora_kernels.inspect import INSPECTED_RANKS
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRESS = re.compile(r".*\d+%\|.*\d+/\d+ \[.*")
@@ -36,6 +38,17 @@ def test_generate_prints_progress_and_result_alone(tmp_path):
     lines = [line.strip("\x1b[A ") for line in re.split(r"[\r\n]", done.stderr)]
     assert any(line.startswith("cmlora: 100%") for line in lines)
     assert [line for line in lines if line and not PROGRESS.fullmatch(line)] == []
+
+
+def test_kernels_are_inspected_in_parts(monkeypatch):
+    """What is asked for, and nothing else, is compiled."""
+    asked = []
+    monkeypatch.setattr("cmlora_kernels.inspect.inspect_kernels", lambda *a, **k: asked.append((*a, k)) or iter(()))
+    arguments = "inspect-kernels --target gfx942 --model sdxl --rank 64 --rank 128 --json"
+    assert CliRunner().invoke(app, arguments.split(), catch_exceptions=False).output == "[]\n"
+    assert CliRunner().invoke(app, ["inspect-kernels", "--json"], catch_exceptions=False).output == "[]\n"
+    assert asked[0] == (["gfx942"], ["sdxl"], {"ranks": [64, 128]})
+    assert asked[1] == (TARGETS, ("sd15", "sdxl"), {"ranks": INSPECTED_RANKS})
 
 
 def test_generate_draws_masks(tmp_path):

@@ -142,14 +142,15 @@ def doctor(
 def inspect(
     target: Annotated[list[str] | None, typer.Option(help="sm_80 to sm_120, gfx90a to gfx1201; default: all.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="sd15, sdxl, flux; default: the first two.")] = None,
+    rank: Annotated[list[int] | None, typer.Option(help="Of the LoRAs: 16, 32, 64, 128; default: 16.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
 ) -> None:
     """Compile every kernel that the library launches, without a GPU; print registers, spills, instructions, bytes."""
     from cmlora_kernels.chips import TARGETS
-    from cmlora_kernels.inspect import inspect_kernels, write_table
+    from cmlora_kernels.inspect import INSPECTED_RANKS, inspect_kernels, write_table
     from cmlora_kernels.variants import UNETS
 
-    rows = inspect_kernels(target or TARGETS, model or tuple(UNETS))
+    rows = inspect_kernels(target or TARGETS, model or tuple(UNETS), ranks=rank or INSPECTED_RANKS)
     if as_json:
         typer.echo(json.dumps([row.as_dict() for row in rows], indent=1))
     else:

@@ -12,6 +12,7 @@ import triton
 
 from cmlora_kernels.inspect import inspect_launch
 from cmlora_kernels.multi_lora_add import add_launches
+from cmlora_kernels.multi_lora_gate import gated_launches
 from cmlora_kernels.multi_lora_linear import linear_launch
 from cmlora_kernels.tiles import Problem
 from cmlora_kernels.variants import TRANSFORMERS, Variant, variants
@@ -47,8 +48,8 @@ def representatives(target: str) -> list[Variant]:
     group norms in either layout; the copying kernels in fp16 on one target per vendor; of transformers what they alone
     have.
 
-    The smallest linear layer in float32, whose tile of 16 tokens once spilled. And the linear layer and the update in
-    place whose pipelines take most shared memory.
+    The smallest linear layer in float32, whose tile of 16 tokens once spilled, and the update with a gate in float32 at
+    the widest rank, which did, too. And the linear layer and the update in place whose pipelines take most shared memory.
     """
     most: dict[tuple[str, str, bool, bool, bool], Variant] = {}
     known = variants(target, ranks=(16,))
@@ -67,7 +68,12 @@ def representatives(target: str) -> list[Variant]:
     smallest = sorted(small, key=lambda v: (v.launch.constexprs["BLOCK_M"], v.launch.bytes))[:1]
     half = Problem(10, 1024, 640, 640, 64, 1, 5, torch.float16, True)
     single = half._replace(rank=128, dtype=torch.float32)
-    widest = ((linear_launch(half, target), half), (add_launches(single, target)[0][1], single))
+    gated = single._replace(outer=1280, weights=2, gated=True)
+    widest = (
+        (linear_launch(half, target), half),
+        (add_launches(single, target)[0][1], single),
+        (gated_launches(gated, target, fused=False)[-1][1], gated),
+    )
     return [*most.values(), *smallest, *(Variant(launch, "", p.dtype, 0) for launch, p in widest)]
 
 
