@@ -182,7 +182,7 @@ def _launch(
         },
         constexprs={"ADAPTERS": adapters, "CHANNELS": padded, "BLOCK": block},
         grid=(blocks, rows, 1),
-        num_warps=4,
+        num_warps=8 if bases and strides[0] == 1 else 4,  # channels side by side: with four, sm_90 spills four bytes
         num_stages=1,
         bytes=predictions + 4 * adapters * rows * places + per_program * blocks * rows,
         unique_bytes=predictions + 4 * adapters * (images * places + rows) + (16 * adapters if bases else 0),
