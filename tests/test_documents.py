@@ -13,6 +13,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def test_the_quality_tables_are_those_of_the_records() -> None:
     text = (ROOT / "csrc_docs" / "quality.md").read_text()
+    for preset in ("search", "frontier"):
+        pictures = quality.read(RESULTS / preset / "quality.jsonl")
+        assert {p.setting for p in pictures} == set(settings.PRESETS[preset])
+        assert report.cost_table(pictures) in text
     table = ""
     for preset in ("text", "masks", "partitions", "styles", "published", "trouble", "methods"):
         pictures = quality.read(RESULTS / preset / "quality.jsonl")

@@ -1,7 +1,7 @@
 """Says which attributes and concepts are in a picture: a small convolutional network with one yes or no per label.
 
-It learns from renders, from renders that went through the VAE, and from blends of pictures, where a concept that is
-only partly there counts as absent: a composition that dilutes its concepts must not pass.
+It learns from renders, from renders that went through the VAE with latents a little off, and from blends of pictures,
+where a concept that is only partly there counts as absent: a composition that dilutes its concepts must not pass.
 """
 
 from __future__ import annotations
@@ -100,12 +100,23 @@ def blend_targets(first: torch.Tensor, second: torch.Tensor, share: torch.Tensor
     return (strength >= PRESENT).float(), ((strength <= ABSENT) | (strength >= PRESENT)).float()
 
 
+def blotches(z: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Latents that are a little off, as those that a model samples are, coarse and fine. z: [n, 4, 16, 16]."""
+    n = len(z)
+    strength = 0.6 * torch.rand(n, 1, 1, 1, generator=generator)
+    fine = torch.randn(z.shape, generator=generator)
+    coarse = F.interpolate(torch.randn(n, z.shape[1], 8, 8, generator=generator), size=z.shape[2:], mode="bilinear")
+    return z + 0.7 * strength * (fine + coarse)
+
+
 def jitter(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Noise, a little blur, and other contrast, as generated pictures have them. x: [n, 3, 64, 64]."""
+    """Noise, a little blur, another contrast and tint, as generated pictures have them. x: [n, 3, 64, 64]."""
     n = len(x)
     blur = torch.rand(n, 1, 1, 1, generator=generator) * 0.5
     x = x + blur * (F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) - x)
     contrast = 1 + 0.16 * (torch.rand(n, 3, 1, 1, generator=generator) - 0.5)
-    shift = 0.16 * (torch.rand(n, 3, 1, 1, generator=generator) - 0.5)
+    shift = 0.3 * (torch.rand(n, 3, 1, 1, generator=generator) - 0.5)
     noise = 0.06 * torch.rand(n, 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
-    return (x * contrast + shift + noise).clamp(-1, 1)
+    coarse = F.interpolate(torch.randn(n, 3, 4, 4, generator=generator), size=x.shape[2:], mode="bilinear")
+    tint = 0.1 * torch.rand(n, 1, 1, 1, generator=generator) * coarse
+    return (x * contrast + shift + noise + tint).clamp(-1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,24 @@ def generate(pipe: StableDiffusionPipeline, captions: list[str], seed: int, batc
 
 
 @torch.no_grad()
-def through_vae(vae: Any, first: Pixels, second: Pixels | None = None, share: Any = None) -> Pixels:
-    """Pictures encoded and decoded; given a second batch, latents blended in between, share [n] of the first."""
+def through_vae(
+    vae: Any,
+    first: Pixels,
+    second: Pixels | None = None,
+    share: Any = None,
+    between: Callable[[torch.Tensor], torch.Tensor] = lambda z: z,
+) -> Pixels:
+    """Pictures encoded and decoded; given a second batch, latents blended in between, share [n] of the first.
+
+    between: what else happens to latents [n, 4, 16, 16].
+    """
     made = []
     for i in range(0, len(first), 64):
         z = vae.encode(_input(first[i : i + 64])).latent_dist.mean
         if second is not None:
             s = share[i : i + 64, None, None, None]
             z = s * z + (1 - s) * vae.encode(_input(second[i : i + 64])).latent_dist.mean
-        made.append(((vae.decode(z).sample.clamp(-1, 1) + 1) * 127.5 + 0.5).byte().permute(0, 2, 3, 1).numpy())
+        made.append(((vae.decode(between(z)).sample.clamp(-1, 1) + 1) * 127.5 + 0.5).byte().permute(0, 2, 3, 1).numpy())
     return np.concatenate(made)
 
 
