@@ -16,8 +16,8 @@ from cmlora_kernels.layout import dense_format
 from cmlora_kernels.tiles import cdiv
 from cmlora_kernels.triton_shim import tl, triton
 
-BLOCK_BYTES = 32768  # of x in flight per program: four 16-byte loads in each of 512 threads
-THREAD_BYTES = 64  # of a block, and so is a smaller one's number of warps
+BLOCK_BYTES = 32768  # of x in flight per program: in fp16 four 16-byte loads in each of 512 threads
+THREAD_NUMBERS = 32  # of a block; in float32 half of them, in twice as many threads, spilled on sm_80
 SECTOR = 16  # channels_last: a program's channels are a multiple of it, 32 bytes in fp16, what memory is read by
 LANES = 256  # channels_last: no more channels a program, so that a block has 64 places and a thread some of one channel
 SLICES = 64  # at most, of a group's places
@@ -224,7 +224,7 @@ def tile_of(p: Images, arch: str) -> Tile:
     lanes = _power(groups * p.width)
     places = block // lanes if p.last else min(block, _power(p.places))
     channels = lanes if p.last else min(lanes, block // places)
-    warps = min(16, max(4, block * p.dtype.itemsize // (32 * THREAD_BYTES)))
+    warps = min(16, max(4, block // (32 * THREAD_NUMBERS)))
     blocks = cdiv(p.places, places) if p.last else cdiv(p.width * p.places, block)
     slices = _slices(p, p.rows * p.groups // groups, blocks, arch)
     return Tile(groups, slices, channels, places, block, warps)

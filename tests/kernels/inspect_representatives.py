@@ -49,8 +49,8 @@ def representatives(target: str) -> list[Variant]:
     have.
 
     What once spilled: the smallest linear layer in float32 (16 tokens a tile), the update with a gate in float32 at the
-    widest rank, the local combination of channels_last noise. And the linear layer and the update in place whose
-    pipelines take most shared memory.
+    widest rank, the local combination of channels_last noise, the group norm in float32. And the linear layer and the
+    update in place whose pipelines take most shared memory.
     """
     most: dict[tuple[str, str, bool, bool, bool], Variant] = {}
     known = variants(target, ranks=(16,))
@@ -69,6 +69,8 @@ def representatives(target: str) -> list[Variant]:
     smallest = sorted(small, key=lambda v: (v.launch.constexprs["BLOCK_M"], v.launch.bytes))[:1]
     local = [v for v in known if v.launch.kernel.__name__ == "local_kernel" and v.launch.scalars["channel_stride"] == 1]
     local = [v for v in local if v.launch.tensors["base_ptr"] and v.dtype == torch.float16][:1]
+    norms = [v for v in known if v.launch.kernel.__name__ == "group_norm_silu_kernel" and v.launch.constexprs["LAST"]]
+    norms = sorted((v for v in norms if v.dtype == torch.float32), key=lambda v: -v.launch.bytes)[:1]
     half = Problem(10, 1024, 640, 640, 64, 1, 5, torch.float16, True)
     single = half._replace(rank=128, dtype=torch.float32)
     gated = single._replace(outer=1280, weights=2, gated=True)
@@ -77,7 +79,7 @@ def representatives(target: str) -> list[Variant]:
         (add_launches(single, target)[0][1], single),
         (gated_launches(gated, target, fused=False)[-1][1], gated),
     )
-    return [*most.values(), *smallest, *local, *(Variant(launch, "", p.dtype, 0) for launch, p in widest)]
+    return [*most.values(), *smallest, *local, *norms, *(Variant(launch, "", p.dtype, 0) for launch, p in widest)]
 
 
 def is_weighted(variant: Variant) -> bool:
