@@ -44,9 +44,9 @@ def unhooked(module: nn.Module) -> bool:
 
 def classes_own(module: nn.Module) -> bool:
     """Whether a module's forward is its class's; a copy of ours, of a copied model, is that, bound to the layer."""
-    forward = module.__dict__.get("forward")
-    if forward is None:
+    if "forward" not in module.__dict__:
         return True
+    forward = module.__dict__["forward"]
     bound = getattr(forward, "__func__", None), getattr(forward, "__self__", None)
     return bound[0] is type(module).forward and bound[1] is module
 
