@@ -153,7 +153,7 @@ class UNetConditions(Conditions):
         parts: dict[nn.Module, Tensor] = {self.unet.time_embedding: table}
         for module in self.modules:
             if module in self.plain and isinstance(module, ResnetBlock2D) and self._tabled(module.time_emb_proj):
-                parts[module] = module.time_emb_proj(table if module.skip_time_act else module.nonlinearity(table))
+                parts[module] = time_bias(module, table)
         ends = itertools.accumulate(part.shape[2] for part in parts.values())
         self._columns = {m: slice(end - part.shape[2], end) for (m, part), end in zip(parts.items(), ends, strict=True)}
         return torch.cat(list(parts.values()), 2)
@@ -235,6 +235,12 @@ class UNetConditions(Conditions):
         return sum(kept.nbytes for kept, _ in self._keys_values.values()) + (
             0 if self.times is None else self.times.nbytes
         )
+
+
+def time_bias(resnet: Any, embedding: Tensor) -> Tensor:
+    """[..., channels] that a resnet adds behind its first convolution, of time embeddings [..., width]."""
+    bias: Tensor = resnet.time_emb_proj(embedding if resnet.skip_time_act else resnet.nonlinearity(embedding))
+    return bias
 
 
 def _as_written(module: nn.Module) -> bool:

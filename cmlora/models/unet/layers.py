@@ -44,11 +44,15 @@ def plain_resnet(module: Any, x: Shared, conditions: UNetConditions, bias: Tenso
 
 def norm_silu(norm: Any, activation: Any, x: Tensor, backend: Backend) -> Tensor:
     """activation(norm(x)), as one kernel where kernels run and the two are torch's group norm and SiLU alone."""
-    on_cpu = x.device.type == "cpu" and backend != "triton"
-    if on_cpu or not (as_torch_wrote(activation, nn.SiLU) and _norms(norm, x)):
+    if not (_run_kernels(x, backend) and as_torch_wrote(activation, nn.SiLU) and _norms(norm, x)):
         whole: Tensor = activation(norm(x))
         return whole
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, backend)
+
+
+def _run_kernels(x: Tensor, backend: Backend) -> bool:
+    """On the CPU modules are called, or computed in a way that suits it."""
+    return x.device.type != "cpu" or backend == "triton"
 
 
 def _norms(norm: Any, x: Tensor) -> bool:
@@ -102,8 +106,8 @@ def _feed_forward(module: Any, x: Tensor, backend: Backend) -> Tensor:
     On the CPU in parts where x is large: what lies between its layers is eight times as wide, and the C library's
     allocator hands large blocks back at once, and the next one's pages are then made anew.
     """
-    on_cpu = x.device.type == "cpu" and backend != "triton"
-    if not on_cpu and _is_gated(module):
+    kernels = _run_kernels(x, backend)
+    if kernels and _is_gated(module):
         first, *rest = module.net
         forward = forward_of(first.proj)
         changed = forward.through_gate(x) if isinstance(forward, MultiLoraLinear) else None
@@ -111,7 +115,7 @@ def _feed_forward(module: Any, x: Tensor, backend: Backend) -> Tensor:
         for layer in rest:
             changed = layer(changed)
         return changed
-    if not on_cpu or not _is_plain(module):
+    if kernels or not _is_plain(module):
         whole: Tensor = module(x)
         return whole
     if x.nbytes <= LARGE:

@@ -24,7 +24,7 @@ from cmlora.lora.bank import outline
 from cmlora.lora.layers import untouched
 from cmlora.models.family import Batched
 from cmlora.models.unet.blocks import DownUnit, UpUnit, check_supported, cut_of, down_units, up_units
-from cmlora.models.unet.conditions import UNetConditions, UNetInputs
+from cmlora.models.unet.conditions import UNetConditions, UNetInputs, time_bias
 from cmlora.models.unet.layers import norm_silu, plain_resnet, plain_transformer
 from cmlora_kernels import concat_channels
 
@@ -209,8 +209,7 @@ class UNetPart:
         x = Shared(whole(x, self.rows), True, True)
         if module not in self.conditions.plain:
             return Shared(module(x.value, self._embedding), True, True)
-        embedding = self._embedding if module.skip_time_act else module.nonlinearity(self._embedding)
-        return plain_resnet(module, x, self.conditions, module.time_emb_proj(embedding), self.rows)
+        return plain_resnet(module, x, self.conditions, time_bias(module, self._embedding), self.rows)
 
     def _attention(self, module: Any, x: Shared) -> Shared:
         height, width = x.value.shape[-2:]
